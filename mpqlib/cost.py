@@ -1,0 +1,39 @@
+"""BitOPs and model size: pure functions of a layer table and a bit configuration."""
+
+from collections.abc import Mapping, Sequence
+
+from .layers import Bits
+from .supernet import LayerInfo
+
+# Written into every policy: a policy's figures hold only under the cost model that gave them.
+COST_MODEL = "1: BitOPs = MACs x weight bits x activation bits; size = weights x weight bits"
+
+
+def layer_bitops(info: LayerInfo, bits: Bits) -> int:
+    """BitOPs of one layer per image: MACs x weight bits x activation bits (RFQuant)."""
+    return info.macs * bits.weight * bits.act
+
+
+def bitops(table: Sequence[LayerInfo], config: Mapping[str, Bits]) -> int:
+    """BitOPs per image of a whole configuration; divide by 1e9 for the paper's G."""
+    return sum(layer_bitops(info, config[info.name]) for info in table)
+
+
+def model_size(table: Sequence[LayerInfo], config: Mapping[str, Bits]) -> float:
+    """Size in MB (10^6 bytes) of the weights of convolutions and linears."""
+    return sum(info.weights * config[info.name].weight for info in table) / 8e6
+
+
+def check_budget(budget: float, lowest: float, highest: float) -> str | None:
+    """Whether a BitOPs budget (all three in G) can be met; returns a remark if it does not bind.
+
+    Raises ValueError, with the feasible range, for a budget under the smallest configuration.
+    """
+    if not budget >= lowest:
+        raise ValueError(
+            f"bitops={budget} G cannot be met: allowed are {lowest:.3f} G (every layer at its"
+            f" smallest bits) to {highest:.3f} G (largest bits)"
+        )
+    if budget >= highest:
+        return f"bitops={budget} G does not bind: the largest bits need only {highest:.3f} G"
+    return None

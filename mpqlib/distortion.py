@@ -1,0 +1,50 @@
+"""Information distortion mitigation: low-bit outputs are drawn to the high-bit ones."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Bits, Candidates
+
+
+def lowest_layers(config: Mapping[str, Bits], candidates: Mapping[str, Candidates]) -> list[str]:
+    """Layers that run at their smallest current weight bit-width, of more than one (RFQuant)."""
+    return [
+        name
+        for name, bits in config.items()
+        if bits.weight == min(candidates[name].weight) < max(candidates[name].weight)
+    ]
+
+
+@contextmanager
+def captured(layers: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, the outputs (after the norm) of the named layers, by name."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str):
+        def keep(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            outputs[name] = output
+            # The network goes on with a copy: what follows may write in place (ReLU, `+=`).
+            return output.clone()
+
+        return keep
+
+    handles = [layers[name].register_forward_hook(hook(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def idm_loss(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+    """Sum over layers of the mean squared error to the largest bits' (detached) outputs (IDM).
+
+    `outputs`: of the layers to mend, (N, C, H, W) each; `targets`: at least the same layers.
+    Raises ValueError without any layer.
+    """
+    if not outputs:
+        raise ValueError("no layer's outputs were given: IDM needs at least one")
+    return sum(F.mse_loss(y, targets[name].detach()) for name, y in outputs.items())

@@ -1,0 +1,113 @@
+"""LSQ quantizers: integer ranges, straight-through rounding, one learned step per bit-width."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def integer_range(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest integer of a `bits`-wide grid (LSQ, arXiv 1902.08153, section 2)."""
+    if not 2 <= bits <= 16:
+        raise ValueError(f"bits={bits!r} is not allowed: a whole number from 2 to 16")
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two tensors of one shape, without a temporary where memory order allows."""
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # NCHW -> NHWC, the order in memory
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+class LSQ(torch.autograd.Function):
+    """Fake quantization with LSQ's gradients (arXiv 1902.08153, equations 1-3 and 5).
+
+    Forward: v = x / s, x_hat = s * round(clip(v, q_min, q_max)).
+    Backward, clipping judged on v before rounding:
+        dx_hat/dx = 1 where q_min < v < q_max, else 0
+        dx_hat/ds = round(v) - v inside, q_min or q_max outside
+    Both cases of the second line are x_hat / s - v * dx_hat/dx, which needs no mask of its own.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float):
+        v = x / step
+        x_hat = v.clamp(q_min, q_max).round_().mul_(step)
+        ctx.save_for_backward(v, x_hat, step)
+        ctx.q_min, ctx.q_max, ctx.gradient_scale = q_min, q_max, gradient_scale
+        return x_hat
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        v, x_hat, step = ctx.saved_tensors
+        # hardtanh's gradient is the indicator of the open interval (q_min, q_max), in one pass.
+        grad_x = torch.ops.aten.hardtanh_backward(grad, v, ctx.q_min, ctx.q_max)
+        grad_step = inner(grad, x_hat) / step - inner(grad_x, v)
+        return grad_x, grad_step * ctx.gradient_scale, None, None, None
+
+
+def lsq(
+    x: Tensor, step: Tensor, bits: int, signed: bool, scale_step_gradient: bool = True
+) -> Tensor:
+    """Fake-quantize `x` (any shape) with a scalar `step`; same shape (LSQ, equations 1-3).
+
+    With `scale_step_gradient` the step's gradient is divided by sqrt(numel * q_max), LSQ's g.
+    """
+    q_min, q_max = integer_range(bits, signed)
+    scale = (x.numel() * q_max) ** -0.5 if scale_step_gradient else 1.0
+    return LSQ.apply(x, step, q_min, q_max, scale)
+
+
+def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
+    """LSQ's initial step 2 * mean|x| / sqrt(q_max), a scalar (arXiv 1902.08153, section 2.1)."""
+    _, q_max = integer_range(bits, signed)
+    mean = x.detach().abs().mean()
+    # A tensor of zeros (a pruned layer, a dead input) has no scale; any positive step is exact.
+    return torch.where(mean > 0, 2 * mean / q_max**0.5, torch.ones_like(mean))
+
+
+class Quantizer(nn.Module):
+    """LSQ quantizer with one learned step per bit-width, initialised from the tensor it first sees.
+
+    `bits`: the bit-widths it offers. `example`: that first tensor, any shape; it also decides the
+    sign of the range (signed where it holds a negative value) unless `signed` is given.
+    Raises ValueError for bits outside 2..16 or an empty set. Source: LSQ, one step per bit-width as
+    in RFQuant (arXiv 2401.01543).
+    """
+
+    def __init__(
+        self,
+        bits: Iterable[int],
+        example: Tensor,
+        signed: bool | None = None,
+        scale_step_gradient: bool = True,
+    ):
+        super().__init__()
+        self.bits = tuple(sorted(set(bits)))
+        if not self.bits:
+            raise ValueError("bits is empty: name at least one bit-width from 2 to 16")
+        self.signed = bool(example.min() < 0) if signed is None else signed
+        self.scale_step_gradient = scale_step_gradient
+        self.steps = nn.ParameterDict(
+            {str(b): nn.Parameter(initial_step(example, b, self.signed)) for b in self.bits}
+        )
+
+    def step(self, bits: int) -> Tensor:
+        """The positive step size at `bits`, a scalar; raises ValueError if not offered."""
+        if bits not in self.bits:
+            raise ValueError(f"bits={bits!r} is not allowed here: one of {self.bits}")
+        return self.steps[str(bits)].abs()
+
+    def forward(self, x: Tensor, bits: int) -> Tensor:
+        return lsq(x, self.step(bits), bits, self.signed, self.scale_step_gradient)
+
+    # The sign of the range belongs to the checkpoint: it was read off data, not off the model.
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.signed)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.signed = bool(state)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, signed={self.signed}"
