@@ -1,0 +1,34 @@
+"""One-shot mixed-precision quantization: train once, search bit-widths by inference alone."""
+
+from . import data, models, report
+from .checkpoint import load_weights, save_weights
+from .cost import bitops, check_budget, model_size
+from .evaluation import evaluate, recalibrate, select_device
+from .one_shot import one_shot_gradients
+from .search import batch_error, greedy
+from .supernet import BitConfig, Supernet, largest, sample, smallest
+from .training import TrainConfig, train
+
+__all__ = [
+    "BitConfig",
+    "Supernet",
+    "TrainConfig",
+    "batch_error",
+    "bitops",
+    "check_budget",
+    "data",
+    "evaluate",
+    "greedy",
+    "largest",
+    "load_weights",
+    "model_size",
+    "models",
+    "one_shot_gradients",
+    "recalibrate",
+    "report",
+    "sample",
+    "save_weights",
+    "select_device",
+    "smallest",
+    "train",
+]

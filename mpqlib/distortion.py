@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Bits, Candidates
+from .layers import Bits, Candidates, QuantLinear
 
 
 def lowest_layers(config: Mapping[str, Bits], candidates: Mapping[str, Candidates]) -> list[str]:
@@ -31,7 +32,8 @@ def captured(layers: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[
 
         return keep
 
-    handles = [layers[name].register_forward_hook(hook(name)) for name in names]
+    chosen = {name: layers[name] for name in names}  # an unknown name fails before any hook is set
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in chosen.items()]
     try:
         yield outputs
     finally:
@@ -48,3 +50,21 @@ def idm_loss(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Te
     if not outputs:
         raise ValueError("no layer's outputs were given: IDM needs at least one")
     return sum(F.mse_loss(y, targets[name].detach()) for name, y in outputs.items())
+
+
+def grid_loss(layers: Mapping[str, QuantLinear], config: Mapping[str, Bits]) -> Tensor:
+    """Squared distance of latent weights to their grid points at `config`, summed: a scalar.
+
+    Only points that the smallest bit-width's grid does not share count: those that a detour over
+    that coarser grid moves (RFQuant's release; the detour is our reading of "shared", since every
+    bit-width learns a step of its own).
+    """
+    total = torch.zeros(())
+    for name, layer in layers.items():
+        weight, quantize, bits = layer.op.weight, layer.weight_quantizer, config[name].weight
+        with torch.no_grad():
+            x_hat = quantize(weight, bits)
+            detour = quantize(quantize(x_hat, quantize.bits[0]), bits)
+            own = detour != x_hat
+        total = total.to(weight) + ((weight - x_hat) * own).square().sum()
+    return total

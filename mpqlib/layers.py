@@ -77,8 +77,12 @@ class QuantConvBN(QuantLinear):
         """Name of the batch norm that serves `bits` in the bank."""
         return f"w{bits.weight}a{bits.act}" if self.pair_norms else "shared"
 
+    @property
+    def active_norm(self) -> nn.Module:
+        """The norm in use at the present bits."""
+        if self.bits is None or not self.bank:
+            return self.norm
+        return self.bank[self.norm_key(self.bits)]
+
     def forward(self, x: Tensor) -> Tensor:
-        norm = (
-            self.norm if self.bits is None or not self.bank else self.bank[self.norm_key(self.bits)]
-        )
-        return norm(super().forward(x))
+        return self.active_norm(super().forward(x))

@@ -8,16 +8,22 @@ from torch import Tensor, nn
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:
     """Smallest and largest integer of a `bits`-wide grid (LSQ, arXiv 1902.08153, section 2)."""
-    if not 2 <= bits <= 16:
+    if bits not in range(2, 17):
         raise ValueError(f"bits={bits!r} is not allowed: a whole number from 2 to 16")
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
+def in_memory_order(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape as vectors, in the order the first lies in memory: views, not copies."""
+    first = tensors[0]
+    if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
+        tensors = tuple(x.permute(0, 2, 3, 1) for x in tensors)  # NCHW -> NHWC
+    return [x.reshape(-1) for x in tensors]
+
+
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape, without a temporary where memory order allows."""
-    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # NCHW -> NHWC, the order in memory
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+    """Inner product of two tensors of one shape, without a temporary."""
+    return torch.dot(*in_memory_order(a, b))
 
 
 class LSQ(torch.autograd.Function):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .layers import Candidates, QuantLinear
-from .quantizer import integer_range
+from .quantizer import in_memory_order, integer_range
 
 # Weights visited at a time, so that what is computed from them stays in a processor's cache.
 BLOCK = 2**18
@@ -22,7 +22,7 @@ def unstable_share(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     """
     q_min, q_max = integer_range(bits, signed=True)
     count = torch.zeros((), dtype=torch.long, device=weight.device)
-    for block in weight.reshape(-1).split(BLOCK):
+    for block in in_memory_order(weight)[0].split(BLOCK):
         v = (block / step).clamp_(q_min, q_max)
         distance = v.frac_().abs_().sub_(1 / 2).abs_()  # to the nearest rounding bound, <= 1/2
         count -= distance.sub_(1 / 8).floor_().sum().long()  # the floor is -1 when near, else 0
@@ -37,9 +37,14 @@ def turbulence(layer: QuantLinear) -> float:
     return float(torch.stack(shares).mean())
 
 
-def freeze_share(progress: float, start: float = 0.5, end: float = 0.2) -> float:
-    """Share of layers to freeze: a cosine from `start` at progress 0 to `end` at 1 (RFQuant)."""
+def cosine(start: float, end: float, progress: float) -> float:
+    """From `start` at progress 0 to `end` at 1 along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def freeze_share(progress: float) -> float:
+    """Share of layers to freeze: from 0.5 at the first freeze to 0.2 at the end (RFQuant)."""
+    return cosine(0.5, 0.2, progress)
 
 
 def freeze(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +29,8 @@ class BitConfig(Mapping):
     @classmethod
     def from_json(cls, text: str) -> "BitConfig":
         """From what `to_json` wrote; raises ValueError where it is not name -> [int, int]."""
-        bits = json.loads(text)
+        if not isinstance(bits := json.loads(text), dict):
+            raise ValueError(f"a configuration is name -> [int, int], not {bits!r}")
         for name, pair in bits.items():
             if not (isinstance(pair, list) and [type(b) for b in pair] == [int, int]):
                 raise ValueError(f"bits of layer {name!r} are {pair!r}: two whole numbers expected")
@@ -88,9 +89,10 @@ class _Structure:
 
 
 def _following_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """The batch norm that alone reads the convolution `node`, if there is one."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    is_norm = user is not None and isinstance(modules.get(str(user.target)), _BatchNorm)
+    """The batch norm that alone reads the convolution `node`, and only it, if there is one."""
+    user = next(iter(node.users)) if len(node.users) == 1 else node
+    calls = [n for n in node.graph.nodes if n.op == "call_module" and n.target == user.target]
+    is_norm = calls == [user] and isinstance(modules[user.target], _BatchNorm)
     return user.target if is_norm and isinstance(modules[node.target], nn.Conv2d) else None
 
 
@@ -118,25 +120,22 @@ def _trace(model: nn.Module) -> _Structure:
 
 
 def _observe(model: nn.Module, example: Tensor, names: Iterable[str]) -> dict[str, list]:
-    """One float pass: layer name -> [its first input, output positions per image]."""
+    """One float pass: layer name -> [its first input (a copy), output positions per image]."""
     seen: dict[str, list] = {}
 
-    def record(name: str, op: nn.Module, x: Tensor, y: Tensor) -> None:
-        seen.setdefault(name, [x, 0])
+    def record(name: str, op: nn.Module, args: tuple, y: Tensor) -> None:
+        seen.setdefault(name, [args[0].clone(), 0])  # what follows may write in place
         seen[name][1] += y[0].numel() // op.weight.shape[0]  # (channels, places) -> places
 
-    hooks = [
-        (op := model.get_submodule(name)).register_forward_hook(
-            lambda op, x, y, name=name: record(name, op, x[0], y)
-        )
-        for name in names
-    ]
+    hooks = [model.get_submodule(n).register_forward_hook(partial(record, n)) for n in names]
     was_training = model.training
-    with torch.no_grad():
-        model.eval()(example)
-    model.train(was_training)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
     return seen
 
 
@@ -178,7 +177,7 @@ class Supernet(nn.Module):
             depthwise = getattr(op, "groups", 1) == op.weight.shape[0] > 1
             own = tuple(b for b in bits if b >= depthwise_min or not depthwise) or bits[-1:]
             own = (edge_bits,) if name in first | last else own
-            candidates = Candidates(*overrides.get(name, (own, own)))
+            candidates = Candidates(*(tuple(sorted(b)) for b in overrides.get(name, (own, own))))
             if isinstance(op, nn.Linear):
                 layer = QuantLinear(op, x, candidates, name in first)
             else:
@@ -221,12 +220,16 @@ class Supernet(nn.Module):
             if weight not in candidates[name].weight or act not in candidates[name].act:
                 raise ValueError(f"bits {weight}/{act} of {name!r}: allowed {candidates[name]}")
 
-    def forward(self, x: Tensor, config: BitConfig | None = None) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W) at `config`, or in float without one."""
+    def set_bits(self, config: BitConfig | None) -> None:
+        """Puts every layer at its bits in `config`, or in float without one."""
         if config is not None:
             self.check(config)
         for name, layer in self.layers.items():
             layer.bits = config and config[name]
+
+    def forward(self, x: Tensor, config: BitConfig | None = None) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) at `config`, or in float without one."""
+        self.set_bits(config)
         return self.model(x)
 
 

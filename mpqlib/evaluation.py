@@ -1,0 +1,108 @@
+"""Accuracy of a float model or of a supernet's configuration, and batch-norm statistics."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .layers import QuantConvBN
+from .supernet import BitConfig, Supernet
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """The device by name; "auto" is the accelerator torch finds, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    allowed = ["auto", "cpu", *([found.type] if found.type != "cpu" else [])]
+    if name.split(":")[0] not in allowed:
+        raise ValueError(f"device={name!r} is not available here: one of {allowed}")
+    return found if name == "auto" else torch.device(name)
+
+
+class Evaluation(NamedTuple):
+    """Which images were classified correctly (N,), and the mean cross-entropy."""
+
+    correct: Tensor
+    loss: float
+
+    @property
+    def top1(self) -> float:
+        """Share of correct images, 0 to 1."""
+        return float(self.correct.float().mean())
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    config: BitConfig | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    batch_size: int = 128,
+) -> Evaluation:
+    """Accuracy of a float model, or of a supernet at `config`, on (image, label) items."""
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    correct, loss = [], 0.0
+    for x, y in DataLoader(dataset, batch_size):
+        x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
+        logits = model(x) if config is None else model(x, config)
+        correct.append((logits.argmax(1) == y).cpu())
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+    return Evaluation(torch.cat(correct), loss / len(dataset))
+
+
+def active_norms(supernet: Supernet, config: BitConfig) -> list[_BatchNorm]:
+    """The batch norms that run at `config`: one of each bank, and those outside any bank."""
+    supernet.set_bits(config)
+    convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
+    owned = {id(m) for conv in convs for m in (conv.norm, *conv.bank.values())}
+    active = [conv.active_norm for conv in convs]
+    outside = [m for m in supernet.modules() if id(m) not in owned]
+    return [m for m in active + outside if isinstance(m, _BatchNorm)]
+
+
+@torch.no_grad()
+def recalibrate(
+    supernet: Supernet,
+    dataset: Dataset,
+    config: BitConfig,
+    *,
+    images: int = 7000,
+    device: str | torch.device = "cpu",
+    batch_size: int = 128,
+) -> None:
+    """Measures the batch-norm statistics of `config` anew on the first `images` training images.
+
+    The mean over batches replaces the running statistics (RFQuant's release: about 7,000 images).
+    """
+    supernet = supernet.to(device, memory_format=torch.channels_last).eval()
+    norms = active_norms(supernet, config)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over what follows
+        norm.train()
+    part = Subset(dataset, range(min(images, len(dataset))))
+    for x, _ in DataLoader(part, batch_size):
+        supernet(x.to(device, memory_format=torch.channels_last), config)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+@contextmanager
+def batch_statistics(supernet: Supernet) -> Iterator[None]:
+    """Within the block, every batch norm normalises by the batch at hand and learns nothing."""
+    norms = [m for m in supernet.modules() if isinstance(m, _BatchNorm)]
+    before = [(norm.training, norm.track_running_stats) for norm in norms]
+    try:
+        for norm in norms:
+            norm.train().track_running_stats = False
+        yield
+    finally:
+        for norm, (training, tracking) in zip(norms, before, strict=True):
+            norm.train(training).track_running_stats = tracking

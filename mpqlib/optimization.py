@@ -1,0 +1,72 @@
+"""How weights, norms and steps move: optimizers, schedule, region decay, averaging."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from .quantizer import Quantizer, integer_range
+from .scheduler import cosine
+from .supernet import Supernet
+
+
+def learning_rate(epoch: float, epochs: float, warmup: float) -> float:
+    """Share of the peak learning rate at `epoch` (a real number): linear warm-up, then cosine."""
+    if epoch < warmup:
+        return epoch / warmup
+    return cosine(1, 0, (epoch - warmup) / max(epochs - warmup, 1e-9))
+
+
+def optimizers_of(
+    model: nn.Module, momentum: float, weight_decay: float, region_decay: bool
+) -> list[torch.optim.Optimizer]:
+    """SGD with Nesterov momentum for weights and norms, Adam for the quantizers' steps (RFQuant).
+
+    Norms and biases do not decay; nor do, with `region_decay`, the weights of a supernet's layers,
+    which `decay_outside_region` decays. Learning rates are set anew before each step.
+    """
+    steps = [p for m in model.modules() if isinstance(m, Quantizer) for p in m.steps.values()]
+    layers = model.layers.values() if isinstance(model, Supernet) and region_decay else ()
+    undecayed = {id(layer.op.weight) for layer in layers}
+    taken = {id(p) for p in steps}
+    decayed, rest = [], []
+    for p in model.parameters():
+        if id(p) not in taken:
+            (rest if p.dim() <= 1 or id(p) in undecayed else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest}]
+    sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0)
+    return [sgd, torch.optim.Adam(steps, lr=0.0)] if steps else [sgd]
+
+
+@torch.no_grad()
+def decay_outside_region(supernet: Supernet, weight_decay: float) -> None:
+    """Adds weight decay to the gradients of weights that the smallest bit-width clips.
+
+    Adaptive region weight decay (RFQuant's release): inside its clipping region, none decays.
+    """
+    for layer in supernet.layers.values():
+        weight, quantizer = layer.op.weight, layer.weight_quantizer
+        bits = quantizer.bits[0]
+        q_min, q_max = integer_range(bits, signed=True)
+        step = quantizer.step(bits)
+        outside = (weight < q_min * step) | (weight > q_max * step)
+        weight.grad.add_(weight * outside, alpha=weight_decay)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Averages gradients over the processes of torch.distributed; nothing to do with one."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            if p.grad is not None:  # the same ones everywhere: configurations are shared
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+
+
+def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of `model`, with a decay that warms up as (1 + n) / (10 + n)."""
+
+    def average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
+        weight = 1 - min(decay, (1 + int(n)) / (10 + int(n)))
+        torch._foreach_lerp_(averaged, current, weight)
+
+    return AveragedModel(model, multi_avg_fn=average)

