@@ -1,6 +1,6 @@
 """One-shot mixed-precision quantization: train once, search bit-widths by inference alone."""
 
-from . import data, models, report
+from . import data, models, plots, report
 from .checkpoint import load_weights, save_weights
 from .cost import bitops, check_budget, model_size
 from .evaluation import evaluate, recalibrate, select_device
@@ -24,6 +24,7 @@ __all__ = [
     "model_size",
     "models",
     "one_shot_gradients",
+    "plots",
     "recalibrate",
     "report",
     "sample",

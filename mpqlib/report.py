@@ -7,26 +7,21 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 import yaml
 from IPython.display import Markdown
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from scipy.stats import binomtest
 from torch import Tensor
 
 from .checkpoint import save_atomically, save_json
-from .cost import COST_MODEL, bitops, layer_bitops, model_size
+from .cost import COST_MODEL, bitops, model_size
 from .evaluation import evaluate, recalibrate
 from .layers import Bits
 from .supernet import BitConfig, LayerInfo, Supernet
 
-# One colour a bit-width, everywhere: viridis, ordered and safe for the colour-blind.
-COLOURS = dict(zip(range(2, 9), sns.color_palette("viridis", 7), strict=True))
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "mpqlib")
 
 
@@ -77,18 +72,19 @@ def comparison(
 
 def show(metrics: pd.DataFrame) -> Markdown:
     """The comparison as a table to read; what depends on the processor follows an \u2248 sign."""
-    lines = [
-        "| configuration | BitOPs (G) | size (MB) | test top-1 (%) | 95% interval | search top-1 (%) |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = "configuration", "BitOPs (G)", "size (MB)", "test top-1 (%)", "95%", "search top-1 (%)"
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in metrics.to_dict("records"):
         about = "\u2248 " if row["configuration"] == "searched" else ""
-        searched = "" if np.isnan(row["search_top1"]) else f"\u2248 {row['search_top1']:.1f}"
-        lines.append(
-            f"| {row['configuration']} | {about}{row['bitops_g']:.3f} | {about}{row['size_mb']:.2f} "
-            f"| \u2248 {row['top1']:.1f} | \u2248 [{row['top1_low']:.1f}, {row['top1_high']:.1f}] "
-            f"| {searched} |"
-        )
+        cells = [
+            row["configuration"],
+            f"{about}{row['bitops_g']:.3f}",
+            f"{about}{row['size_mb']:.2f}",
+            f"\u2248 {row['top1']:.1f}",
+            f"\u2248 [{row['top1_low']:.1f}, {row['top1_high']:.1f}]",
+            "" if np.isnan(row["search_top1"]) else f"\u2248 {row['search_top1']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return Markdown("\n".join(lines))
 
 
@@ -132,90 +128,6 @@ def result(metrics: pd.DataFrame, budget: float, seed: int, seconds: float) -> d
         "seed": seed,
         "seconds": round(seconds, 1),
     }
-
-
-def plot_training(histories: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """Loss and training accuracy over epochs; `histories`: name of a phase -> rows of `train`."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for phase, history in histories.items():
-        rows = pd.DataFrame(list(history))
-        for suffix, line in (("", "-"), ("_random", "--")):
-            if f"accuracy{suffix}" in rows:
-                name = phase + (", random bits" if suffix else "")
-                style = dict(linestyle=line, marker="o", label=name)
-                axes[0].plot(rows["epoch"], rows[f"loss{suffix}"], **style)
-                axes[1].plot(rows["epoch"], 100 * rows[f"accuracy{suffix}"], **style)
-    axes[0].set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
-    axes[1].set(xlabel="epoch", ylabel="training top-1 (%)")
-    for axis in axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[1].legend(frameon=False)
-    return figure
-
-
-def plot_turbulence(history: Sequence[Mapping]) -> Figure:
-    """Turbulence per layer and epoch; a cross where the smallest bit-width was frozen."""
-    values = pd.DataFrame([row["turbulence"] for row in history]).T
-    full = {name: len(bits) for name, bits in history[0]["candidates"].items()}
-    for row in history:
-        full = {name: max(full[name], len(bits)) for name, bits in row["candidates"].items()}
-    ranked = [name for name in values.index if full[name] > 1]
-    frozen = [["x" if len(r["candidates"][n]) < full[n] else "" for r in history] for n in ranked]
-    size = (max(5, 2.5 + 0.45 * len(history)), 1 + 0.22 * len(ranked))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    bar = {"label": "turbulence (unstable share / bits)"}
-    epochs = [row["epoch"] for row in history]
-    sns.heatmap(
-        values.loc[ranked], annot=np.array(frozen), fmt="", cmap="mako_r", cbar_kws=bar, ax=axis
-    )
-    axis.set(xlabel="epoch (x: smallest bit-width frozen)", ylabel="layer")
-    axis.set_xticks(np.arange(len(epochs)) + 0.5, epochs, rotation=0)
-    axis.set_yticks(np.arange(len(ranked)) + 0.5, ranked, rotation=0)
-    return figure
-
-
-def plot_policy(table: Sequence[LayerInfo], config: BitConfig) -> Figure:
-    """Bits of every layer's weights and activations, and its share of all BitOPs."""
-    names = [info.name for info in table]
-    total = bitops(table, config)
-    share = [100 * layer_bitops(info, config[info.name]) / total for info in table]
-    rows = {
-        "weight bits": [config[name].weight for name in names],
-        "activation bits": [config[name].act for name in names],
-    }
-    size = (max(6, 1 + 0.33 * len(names)), 6)
-    figure, axes = plt.subplots(3, 1, figsize=size, sharex=True, layout="constrained")
-    for axis, (label, bits) in zip(axes, rows.items(), strict=False):
-        axis.bar(names, bits, color=[COLOURS[b] for b in bits])
-        axis.set(ylabel=label, ylim=(0, 8.9), yticks=range(0, 9, 2))
-        axis.bar_label(axis.containers[0], fontsize=8)
-    axes[2].bar(names, share, color="0.55")
-    axes[2].set(ylabel="share of BitOPs (%)", xlabel="layer, from input to output")
-    axes[2].tick_params(axis="x", rotation=90)
-    used = sorted({b for bits in rows.values() for b in bits})
-    handles = [Patch(color=COLOURS[b], label=f"{b} bits") for b in used]
-    figure.legend(handles=handles, ncols=len(used), loc="outside upper center", frameon=False)
-    return figure
-
-
-def plot_comparison(rows: pd.DataFrame, budget: float) -> Figure:
-    """Top-1 on the test split with its interval over BitOPs, for the rows of `measure`.
-
-    `rows`: a column `configuration` beside; `budget` in G, drawn as a line.
-    """
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    kinds = {"searched": ("searched", "D", "C3"), "uniform": ("uniform", "o", "0.4")}
-    for kind, (label, marker, colour) in kinds.items():
-        part = rows[rows["configuration"].str.startswith(kind)]
-        spread = [part["top1"] - part["top1_low"], part["top1_high"] - part["top1"]]
-        style = dict(fmt=marker, capsize=3, color=colour, label=label)
-        axis.errorbar(part["bitops_g"], part["top1"], spread, **style)
-    in_float = rows.loc[rows["configuration"] == "float", "top1"].item()
-    axis.axhline(in_float, linestyle="--", color="0.7", label="float")
-    axis.axvline(budget, linestyle=":", color="C3", label="budget")
-    axis.set(xlabel="BitOPs (G per image)", ylabel="test top-1 (%), 95% interval")
-    axis.legend(frameon=False, loc="lower right")
-    return figure
 
 
 def policy(supernet: Supernet, config: BitConfig, sha256: str, about: Mapping) -> dict:

@@ -37,6 +37,7 @@ class BitConfig(Mapping):
         return cls.of(bits)
 
     def to_json(self) -> str:
+        """As JSON: layer name -> [weight bits, activation bits]."""
         return json.dumps(dict(self.layers))
 
     def replace(self, layer: str, bits: Bits) -> "BitConfig":
@@ -44,17 +45,17 @@ class BitConfig(Mapping):
         return BitConfig(tuple((n, bits if n == layer else b) for n, b in self.layers))
 
     def __getitem__(self, layer: str) -> Bits:
-        return self._by_name[layer]
-
-    @cached_property
-    def _by_name(self) -> dict[str, Bits]:
-        return dict(self.layers)
+        return self._bits[layer]
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self.layers)
+        return iter(self._bits)
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def _bits(self) -> dict[str, Bits]:
+        return dict(self.layers)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def cases(draw):
     )
     count = math.prod(shape)
     v = draw(st.lists(places, min_size=count, max_size=count))
-    g = draw(st.lists(st.floats(-4, 4), min_size=count, max_size=count))
+    upstream = st.floats(-4, 4).map(lambda g: round(g, 9))  # far from underflow
+    g = draw(st.lists(upstream, min_size=count, max_size=count))
     x = torch.tensor([place * s for place in v], dtype=torch.float64).reshape(shape)
     return x, s, bits, signed, torch.tensor(g, dtype=torch.float64).reshape(shape)
 
@@ -172,7 +173,7 @@ def test_forward_agrees_with_the_fake_quantization_torch_has(bits, signed):
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 def test_single_precision_gradients_are_close_to_double_precision(bits, signed):
-    v = off_the_ties(100_000, bits, signed)
+    v = off_the_ties(20_000, bits, signed)
     upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(0))
     x_hat, grad_x, grad_s = run_lsq(v * 0.037, 0.037, bits, signed, upstream, scaled=True)
     exact = run_lsq((v * 0.037).double(), 0.037, bits, signed, upstream.double(), scaled=True)

@@ -43,6 +43,15 @@ TIMM = ["tf_efficientnet_lite0", "mobilenetv3_small_050", "resnetv2_18", "repvgg
 # The zoo
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors are small here: a second thread saves little, and costs much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def build(name: str) -> nn.Module:
     """A network of the zoo with random weights."""
     if name in TIMM:
@@ -242,6 +251,11 @@ class Plain(Small):
         return self.b(self.norm(self.a(x)).relu())
 
 
+class NormLast(Small):
+    def forward(self, x):
+        return self.norm(self.a(x))
+
+
 class Residual(Small):
     def forward(self, x):
         x = self.norm(self.a(x)).relu()
@@ -297,6 +311,7 @@ class InPlace(Small):
 
 WIRINGS = [
     Plain,
+    NormLast,
     Residual,
     TwoReaders,
     NormInTheOutput,
@@ -368,7 +383,7 @@ def outputs_per_config(net: Supernet, x: Tensor, configs: list[BitConfig | None]
         return [net(x, config) for config in configs]
 
 
-@pytest.mark.parametrize("wiring", [Plain, Residual])
+@pytest.mark.parametrize("wiring", [NormLast, Residual])
 def test_training_one_pair_leaves_the_other_pairs_and_float_mode_alone(wiring, generator):
     model, x = wiring(), torch.randn(4, 3, 4, 4, dtype=torch.float64)
     net = Supernet(model, x, (2, 4), edge_bits=None)
@@ -385,7 +400,7 @@ def test_training_one_pair_leaves_the_other_pairs_and_float_mode_alone(wiring, g
 
 
 def test_without_pair_norms_all_bit_widths_share_one(generator):
-    model, x = Plain(), torch.randn(4, 3, 4, 4, dtype=torch.float64)
+    model, x = NormLast(), torch.randn(4, 3, 4, 4, dtype=torch.float64)
     net = Supernet(model, x, (2, 4), edge_bits=None, pair_norms=False)
     every = [None, net.uniform(2), net.uniform(4)]
     before = outputs_per_config(net, x, every)
@@ -415,7 +430,7 @@ def test_all_bit_widths_share_one_weight(generator):
         weight.neg_()
     after = outputs_per_config(net, x, every)
     assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
-    assert sum(p.shape == weight.shape for p in net.parameters()) == 2  # those of a and of b
+    assert sum(p.shape == weight.shape for p in net.parameters()) == 3  # those of a, b and c
 
 
 def test_making_a_supernet_leaves_the_running_statistics_and_the_mode(generator):
@@ -704,9 +719,7 @@ def test_sample_is_uniform_over_the_candidates():
         assert set(counts) == set(pairs)
         if len(pairs) > 1:  # weights and activations are drawn independently of each other
             assert chisquare([counts[pair] for pair in pairs]).pvalue > 1e-3
-    # and so are two layers
-    both = Counter((config["a"].weight, config["b"].weight) for config in drawn)
-    assert (
-        chisquare([both[pair] for pair in itertools.product(range(2, 7), range(3, 7))]).pvalue
-        > 1e-3
-    )
+    # And so are two layers.
+    counts = Counter((config["a"].weight, config["b"].weight) for config in drawn)
+    pairs = itertools.product(CANDIDATES["a"].weight, CANDIDATES["b"].weight)
+    assert chisquare([counts[pair] for pair in pairs]).pvalue > 1e-3
