@@ -88,10 +88,11 @@ def greedy(
     """Bidirectional greedy search (RFQuant, arXiv 2401.01543): the path from `start` to the budget.
 
     Each step tries every layer one candidate up and one down and takes the move with the least
-    alpha * (normalised error) + (normalised BitOPs), both scaled over the step's moves; no
-    configuration is visited twice. Weights move first, until `weight_target`; then activations;
-    then both, should the budget not hold yet. `budget`: BitOPs per image. `start`: the largest bits
-    if None. The last step is the result. Raises ValueError if no path leads to the budget.
+    alpha * (normalised error) + (normalised BitOPs), both scaled over the step's moves. A move up
+    must lead to a configuration not visited before, so that the search ends. Weights move first,
+    until `weight_target`; then activations; then both, should the budget not hold yet. `budget`:
+    BitOPs per image. `start`: the largest bits if None. The last step is the result.
+    Raises ValueError for a budget below the smallest bits.
     """
     table, candidates = supernet.table, supernet.candidates
     config = start or largest(candidates)
@@ -102,19 +103,21 @@ def greedy(
         (("act",), budget),
         (("weight", "act"), budget),
     ]
-    with tqdm(total=max(path[0].bitops - budget, 0) / 1e9, desc="search, G BitOPs saved") as bar:
+    with tqdm(desc="search", unit=" passes", leave=False) as bar:
         for parts, target in phases:
-            while path[-1].bitops > target:
-                options = [c for c in moves(path[-1].config, candidates, parts) if c not in visited]
-                if not any(bitops(table, c) < path[-1].bitops for c in options):
+            while (now := path[-1].bitops) > target:
+                nearby = [(c, bitops(table, c)) for c in moves(path[-1].config, candidates, parts)]
+                if not any(cost < now for _, cost in nearby):
                     break
+                options = [c for c, cost in nearby if cost < now or c not in visited]
                 costs = [bitops(table, c) for c in options]
                 errors = [error(c) for c in options]
                 scores = zip(normalised(errors), normalised(costs), strict=True)
                 best = min(enumerate(scores), key=lambda item: alpha * item[1][0] + item[1][1])[0]
                 path.append(Step(options[best], errors[best], costs[best]))
                 visited.add(options[best])
-                bar.update((path[-2].bitops - path[-1].bitops) / 1e9)
+                bar.update(len(options))
+                bar.set_postfix_str(f"{costs[best] / 1e9:.3f} of {budget / 1e9:.3f} G BitOPs")
     if path[-1].bitops > budget:
-        raise ValueError(f"no path from {start} to budget={budget / 1e9:.3f} G BitOPs")
+        raise ValueError(f"budget={budget / 1e9} G: no configuration needs so few BitOPs")
     return path

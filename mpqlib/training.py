@@ -219,7 +219,7 @@ def train(
             loader = batches(dataset, config, run.generator, workers)
             title = f"{label}, epoch {epoch + 1} of {config.epochs}"
             for step, (x, y) in enumerate(tqdm(loader, title, leave=False)):
-                run.set_learning_rate(epoch + (step + 1) / steps)
+                run.set_learning_rate(epoch + (step + 0.5) / steps)
                 x = x.to(device, memory_format=torch.channels_last)
                 losses.append(run.gradients(x, y.to(device)))
                 average_gradients(model)

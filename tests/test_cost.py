@@ -16,6 +16,15 @@ from mpqlib.layers import Bits, Candidates
 from mpqlib.supernet import BitConfig, LayerInfo, Supernet
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors are small here: a second thread saves little, and costs much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Unusual(nn.Module):
     """Groups, strides, a layer called twice, and a linear layer that runs at many places."""
 

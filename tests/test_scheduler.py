@@ -1,5 +1,6 @@
 """Turbulence against a bin-by-bin count, and the rule that freezes and reactivates bit-widths."""
 
+import itertools
 import math
 
 import pytest
@@ -217,7 +218,7 @@ def test_share_to_freeze_falls_along_a_cosine_from_a_half_to_a_fifth():
     assert shares[0] == pytest.approx(0.5) and shares[100] == pytest.approx(0.2)
     assert shares[50] == pytest.approx(0.35)
     assert shares[25] == pytest.approx(0.35 + 0.15 * math.sqrt(1 / 2))  # cos 45 degrees
-    assert all(later < earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(shares))
 
 
 def test_epochs_at_which_the_release_freezes():

@@ -1,0 +1,48 @@
+"""A network and images small enough to train in a second."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from mpqlib import Supernet
+
+
+class TinyNet(nn.Module):
+    """Three convolutions, one of them depth-wise and in a residual branch, and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
+        self.depthwise = nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.pointwise = nn.Conv2d(8, 12, 1)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x))
+        y += x
+        return self.last(self.pointwise(y.relu()).mean((2, 3)))
+
+
+def images(n: int, seed: int = 0) -> TensorDataset:
+    """n images (3, 8, 8) of three classes, each brightest in its own channel."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(3, (n,), generator=generator)
+    x = torch.randn(n, 3, 8, 8, generator=generator)
+    x[torch.arange(n), y] += 1
+    return TensorDataset(x, y)
+
+
+@pytest.fixture
+def dataset() -> TensorDataset:
+    return images(48)
+
+
+@pytest.fixture
+def supernet() -> Supernet:
+    torch.manual_seed(0)
+    return Supernet(TinyNet(), images(16, seed=1).tensors[0], (2, 3, 4))

@@ -1,0 +1,170 @@
+"""What a run stores: intervals, comparison, policy, provenance; files that cannot be half there."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import images
+
+from mpqlib import data, largest, load_weights, plots, report, save_weights, train
+from mpqlib.checkpoint import load_state, save_atomically, save_json, save_state
+from mpqlib.training import TrainConfig
+
+
+def row(name, cost, search, test, loss=1.0):
+    return {
+        "configuration": name,
+        "bitops_g": cost,
+        "size_mb": cost,
+        "search_top1": search,
+        "search_loss": loss,
+        "top1": test,
+        "top1_low": test - 2,
+        "top1_high": test + 2,
+    }
+
+
+@pytest.fixture
+def metrics(supernet):
+    rows = [
+        row("searched", 2.9, 80.0, 75.0),
+        row("uniform 2", 1.0, 60.0, 99.0),  # best on the test split, which must not choose
+        row("uniform 3", 2.0, 70.0, 72.0),
+        row("uniform 4", 4.0, 90.0, 90.0),
+    ]
+    top1 = {"top1": 91.0, "top1_low": 89.0, "top1_high": 93.0}
+    return report.comparison(rows, top1, supernet.table)
+
+
+def test_interval_is_wilson_s():
+    # p = 0.8, n = 50, z = 1.96: centre (p + z^2/2n) / (1 + z^2/n), the textbook's formula
+    found = report.top1_interval(torch.tensor([True] * 40 + [False] * 10))
+    z2 = 1.959964**2
+    centre, half = (0.8 + z2 / 100) / (1 + z2 / 50), (z2 * (0.16 / 50 + z2 / 1e4)) ** 0.5
+    assert found["top1"] == pytest.approx(80)
+    assert found["top1_low"] == pytest.approx(100 * (centre - half / (1 + z2 / 50)), abs=1e-4)
+    assert found["top1_high"] == pytest.approx(100 * (centre + half / (1 + z2 / 50)), abs=1e-4)
+
+
+def test_best_uniform_is_chosen_on_the_search_split_within_the_budget(metrics):
+    assert report.best_uniform(metrics, 3.0)["configuration"] == "uniform 3"
+    assert report.best_uniform(metrics, 9.0)["configuration"] == "uniform 4"
+    assert report.best_uniform(metrics, 0.5) is None
+
+
+def test_verdict_says_what_the_numbers_say(metrics):
+    text = report.verdict(metrics, 3.0)
+    assert (
+        "uniform 3" in text and "+10.0" in text and "+3.0" in text and "intervals overlap" in text
+    )
+    assert "none to compare" in report.verdict(metrics, 0.5)
+
+
+def test_table_shows_every_row_and_marks_what_depends_on_the_processor(metrics):
+    lines = report.show(metrics).data.splitlines()
+    assert len(lines) == 2 + len(metrics)
+    numbers = "\u2248 2.900 | \u2248 2.90 | \u2248 75.0 | \u2248 [73.0, 77.0] | \u2248 80.0"
+    assert f"| searched | {numbers} |" in lines
+    assert lines[2].startswith("| float | ") and lines[2].endswith("|  |")
+
+
+def test_float_row_counts_32_bits(metrics, supernet):
+    macs, weights = (sum(getattr(i, key) for i in supernet.table) for key in ("macs", "weights"))
+    in_float = metrics.set_index("configuration").loc["float"]
+    assert in_float["bitops_g"] == pytest.approx(macs * 1024 / 1e9)
+    assert in_float["size_mb"] == pytest.approx(weights * 4 / 1e6)
+
+
+def test_result_holds_what_is_promised(metrics):
+    found = report.result(metrics, 3.0, seed=7, seconds=1.26)
+    assert found["bitops_budget_g"] == 3.0 and found["bitops_g"] == 2.9 and found["top1"] == 75.0
+    assert found["top1_float"] == 91.0 and found["seed"] == 7 and found["seconds"] == 1.3
+    assert [r["configuration"] for r in found["uniform"]] == [f"uniform {b}" for b in (2, 3, 4)]
+    json.dumps(found, allow_nan=False)
+
+
+def test_measure_recalibrates_unless_told_not_to(supernet):
+    part = images(32)
+    splits = data.Splits(part, part, images(20, 1), images(24, 2), ("a", "b", "c"))
+    config = supernet.uniform(3)
+    before = supernet.state_dict()["model.stem.0.bank.w8a8.running_mean"].clone()
+    without = report.measure(supernet, config, splits, images=0)
+    key = "model.stem.0.bank.w8a8.running_mean"
+    assert torch.equal(before, supernet.state_dict()[key])
+    found = report.measure(supernet, config, splits)
+    assert not torch.equal(before, supernet.state_dict()[key])
+    assert found.keys() == without.keys() and found["search_loss"] != without["search_loss"]
+    assert found["top1_low"] <= found["top1"] <= found["top1_high"]
+
+
+def test_a_run_is_stored_whole(supernet, metrics, dataset, tmp_path):
+    config = TrainConfig(epochs=2, batch_size=16, warmup_epochs=1, freeze_start=1)
+    supernet, history = train(supernet, dataset, config)
+    found = largest(supernet.candidates)
+    sha256 = save_weights(tmp_path / "supernet.safetensors", supernet, {"model": "tiny"})
+    drawn = {
+        "training": plots.training_curves({"supernet": history}),
+        "turbulence": plots.turbulence_map(history),
+        "policy": plots.policy_bits(supernet.table, found),
+        "comparison": plots.accuracy_over_cost(metrics, 3.0),
+    }
+    for figure in drawn.values():
+        for axis in figure.axes:
+            assert axis.get_ylabel() or axis.get_xlabel()
+    report.save_run(
+        tmp_path,
+        parameters={"bits": [2, 3]},
+        metrics=metrics,
+        source=report.provenance([0], 1.0),
+        figures=drawn,
+        policy=report.policy(supernet, found, sha256, {"model": "tiny"}),
+    )
+    plt.close("all")
+    policy = json.loads((tmp_path / "policy.json").read_text())
+    assert policy["layers"] == {name: list(bits) for name, bits in found.items()}
+    assert policy["checkpoint_sha256"] == sha256 and policy["model"] == "tiny"
+    assert policy["first"].keys() == {"stem.0"} and policy["last"] == ["last"]
+    assert yaml.safe_load((tmp_path / "parameters.yaml").read_text()) == {"bits": [2, 3]}
+    assert len(pd.read_csv(tmp_path / "metrics.csv")) == len(metrics)
+    source = json.loads((tmp_path / "provenance.json").read_text())
+    assert torch.__version__.startswith(source["versions"]["torch"]) and source["seeds"] == [0]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"{name}.png" for name in drawn} < names and not any(n.startswith(".") for n in names)
+
+
+def test_weights_come_back_with_the_signs_of_their_ranges(supernet, tmp_path, dataset):
+    x, config = dataset.tensors[0], supernet.uniform(2)
+    expected = supernet.eval()(x, config).detach()
+    save_weights(tmp_path / "w.safetensors", supernet, {"model": "tiny"})
+    with torch.no_grad():
+        for p in supernet.parameters():
+            p.mul_(1.5)
+        for layer in supernet.layers.values():
+            layer.weight_quantizer.signed = False
+    assert load_weights(tmp_path / "w.safetensors", supernet) == {"model": "tiny"}
+    assert torch.equal(supernet(x, config), expected)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    file = tmp_path / "a" / "x.json"
+    save_json(file, {"a": 1})
+
+    def broken(part):
+        part.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_atomically(file, broken)
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [p.name for p in file.parent.iterdir()] == ["x.json"]
+
+
+def test_a_loaded_file_is_not_executed(tmp_path):
+    save_state(tmp_path / "good.pt", {"x": torch.ones(2)})
+    assert torch.equal(load_state(tmp_path / "good.pt")["x"], torch.ones(2))
+    torch.save({"x": pytest.raises}, tmp_path / "bad.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        load_state(tmp_path / "bad.pt")

@@ -1,0 +1,178 @@
+"""The search against a literal reading of its rule, and against every configuration there is."""
+
+import itertools
+import random
+import statistics
+
+import pytest
+import torch
+from conftest import images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpqlib import BitConfig, batch_error, bitops, greedy, largest, smallest
+from mpqlib.layers import Candidates
+from mpqlib.search import moves, weight_target
+from mpqlib.supernet import LayerInfo
+
+
+class Stand:
+    """What the search reads of a supernet: a layer table and the candidates."""
+
+    def __init__(self, macs, offered):
+        candidates = [Candidates(*offer) for offer in offered]
+        rows = zip(macs, candidates, strict=True)
+        self.table = [LayerInfo(f"l{i}", m, m, False, c) for i, (m, c) in enumerate(rows)]
+        self.candidates = {info.name: info.candidates for info in self.table}
+
+    def every(self):
+        """All configurations."""
+        choices = [itertools.product(*info.candidates) for info in self.table]
+        names = [info.name for info in self.table]
+        return [
+            BitConfig.of(dict(zip(names, bits, strict=True)))
+            for bits in itertools.product(*choices)
+        ]
+
+
+def made_up_error(seed):
+    """An error that falls with bits, layer by layer at random rates, with some interaction."""
+    rng = random.Random(seed)
+    rates = [(rng.uniform(0.1, 3), rng.uniform(0.1, 3)) for _ in range(9)]
+
+    def error(config):
+        layers = [
+            a * 2.0**-w + b * 2.0**-v
+            for (w, v), (a, b) in zip(config.values(), rates, strict=False)
+        ]
+        return sum(layers) + 0.3 * max(layers)
+
+    return error
+
+
+def literal_greedy(stand, error, budget, alpha):
+    """The rule read word by word, on plain dicts, every quantity computed anew."""
+
+    def cost(bits):
+        return sum(i.macs * bits[i.name][0] * bits[i.name][1] for i in stand.table)
+
+    def value(bits):
+        return error(BitConfig.of(bits))
+
+    bits = {i.name: (max(i.candidates.weight), max(i.candidates.act)) for i in stand.table}
+    fixed = sum(
+        i.macs * bits[i.name][0] * bits[i.name][1]
+        for i in stand.table
+        if len(i.candidates.weight) == len(i.candidates.act) == 1
+    )
+    half_way = fixed + (max(budget - fixed, 0) * (cost(bits) - fixed)) ** 0.5
+    seen, path = [dict(bits)], [dict(bits)]
+    for kinds, target in (([0], half_way), ([1], budget), ([0, 1], budget)):
+        while cost(bits) > target:
+            tries = []
+            for info in stand.table:
+                for kind in kinds:
+                    offered = list(info.candidates[kind])
+                    place = offered.index(bits[info.name][kind])
+                    for other in (place - 1, place + 1):
+                        if 0 <= other < len(offered):
+                            pair = list(bits[info.name])
+                            pair[kind] = offered[other]
+                            changed = {**bits, info.name: tuple(pair)}
+                            if cost(changed) < cost(bits) or changed not in seen:
+                                tries.append(changed)
+            if not [t for t in tries if cost(t) < cost(bits)]:
+                break
+            errors, costs = [value(t) for t in tries], [cost(t) for t in tries]
+
+            def scale(v, all_of_them):
+                low, high = min(all_of_them), max(all_of_them)
+                return (v - low) / (high - low) if high > low else 0.0
+
+            scores = [
+                alpha * scale(e, errors) + scale(c, costs)
+                for e, c in zip(errors, costs, strict=True)
+            ]
+            bits = tries[scores.index(min(scores))]
+            seen.append(dict(bits))
+            path.append(dict(bits))
+    return path
+
+
+OFFERS = [((2, 3, 4, 5, 6),) * 2, ((3, 4, 5, 6),) * 2, ((2, 4), (3, 6)), ((8,), (8,))]
+STANDS = st.lists(st.tuples(st.integers(1, 50), st.sampled_from(OFFERS)), min_size=2, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(STANDS, st.integers(0, 999), st.floats(0, 1), st.sampled_from([0.5, 1.5, 5.0]))
+def test_greedy_is_its_literal_rule_and_keeps_the_budget(layers, seed, share, alpha):
+    stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
+    ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
+    budget = ends[0] + share * (ends[1] - ends[0])
+    path = greedy(stand, error, budget, alpha=alpha)
+    literal = literal_greedy(stand, error, budget, alpha)
+    assert [dict(step.config) for step in path] == literal
+    assert path[-1].bitops <= budget
+    for step in path:
+        assert step.bitops == bitops(stand.table, step.config)
+        assert step.error == error(step.config)
+    for a, b in itertools.pairwise(path):
+        assert sum(a.config[name] != b.config[name] for name in a.config) == 1
+
+
+def test_greedy_comes_near_the_best_of_all_configurations():
+    ranks = []  # share of feasible configurations that are better than what was found
+    for seed, share in itertools.product(range(10), (0.3, 0.5, 0.7)):
+        stand, error = Stand((5, 20, 10), [((2, 3, 4, 5),) * 2] * 3), made_up_error(seed)
+        budget = share * bitops(stand.table, largest(stand.candidates))
+        feasible = [error(c) for c in stand.every() if bitops(stand.table, c) <= budget]
+        found = greedy(stand, error, budget)[-1].error
+        assert found >= min(feasible)
+        ranks.append(sum(e < found for e in feasible) / len(feasible))
+    assert statistics.median(ranks) < 0.03
+
+
+def test_greedy_on_a_network_against_exhaustion(supernet):
+    x, y = images(32, seed=2).tensors
+    error = batch_error(supernet, x, y)
+    stand = Stand([], [])
+    stand.table, stand.candidates = supernet.table, supernet.candidates
+    ends = [bitops(supernet.table, end(supernet.candidates)) for end in (smallest, largest)]
+    budget = (ends[0] + ends[1]) / 2
+    path = greedy(supernet, error, budget)
+    feasible = [error(c) for c in stand.every() if bitops(supernet.table, c) <= budget]
+    assert path[-1].bitops <= budget
+    assert min(feasible) <= path[-1].error
+    assert path[-1].error == error(path[-1].config)  # scoring leaves no trace
+
+
+def test_moves_are_all_neighbours_in_one_bit_width():
+    stand = Stand((1, 1), [((2, 3, 4), (2, 4)), ((8,), (8,))])
+    config = BitConfig.of({"l0": (3, 2), "l1": (8, 8)})
+    found = {tuple(c["l0"]) for c in moves(config, stand.candidates, ["weight", "act"])}
+    assert found == {(2, 2), (4, 2), (3, 4)}
+    assert {tuple(c["l0"]) for c in moves(config, stand.candidates, ["weight"])} == {(2, 2), (4, 2)}
+
+
+def test_weights_go_half_of_the_way():
+    stand = Stand((7, 3, 2), [((2, 4, 6),) * 2, ((2, 4, 6),) * 2, ((8,), (8,))])
+    start, four = largest(stand.candidates), {"l0": (4, 4), "l1": (4, 4), "l2": (8, 8)}
+    half = {"l0": (4, 6), "l1": (4, 6), "l2": (8, 8)}
+    budget = bitops(stand.table, BitConfig.of(four))
+    expected = bitops(stand.table, BitConfig.of(half))
+    assert weight_target(stand.table, start, budget) == pytest.approx(expected)
+
+
+def test_a_budget_out_of_reach_is_refused():
+    stand = Stand((1, 1), [((2, 4),) * 2] * 2)
+    with pytest.raises(ValueError, match="no configuration"):
+        greedy(stand, lambda config: 0.0, 7.9)
+
+
+def test_batch_error_is_the_cross_entropy_with_the_batch_s_statistics(supernet):
+    x, y = images(32, seed=2).tensors
+    config = supernet.uniform(3)
+    supernet.train()
+    logits = supernet(x, config).detach()  # in training mode norms use the batch
+    expected = -logits.log_softmax(1)[torch.arange(32), y].mean()
+    assert batch_error(supernet, x, y)(config) == pytest.approx(expected.item(), rel=1e-5)
