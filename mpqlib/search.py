@@ -1,8 +1,9 @@
 """Inference-only bidirectional greedy search for the best bit-widths under a BitOPs budget."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .cost import bitops, layer_bitops
 from .evaluation import batch_statistics
-from .layers import Candidates
+from .layers import Bits, Candidates
 from .supernet import BitConfig, LayerInfo, Supernet, largest
 
 Error = Callable[[BitConfig], float]
@@ -42,10 +43,18 @@ def batch_error(supernet: Supernet, x: Tensor, y: Tensor) -> Error:
     return error
 
 
+class Move(NamedTuple):
+    """A change of one layer's bits."""
+
+    layer: str
+    before: Bits
+    after: Bits
+
+
 def moves(
     config: BitConfig, candidates: Mapping[str, Candidates], parts: Sequence[str]
-) -> Iterator[BitConfig]:
-    """Every configuration one candidate up or down from `config` in one layer.
+) -> Iterator[Move]:
+    """Every move one candidate up or down from `config` in one bit-width of one layer.
 
     `parts`: which of a layer's bit-widths may move, "weight", "act" or both.
     """
@@ -55,7 +64,7 @@ def moves(
             at = offered.index(getattr(bits, part))
             for to in (at - 1, at + 1):
                 if 0 <= to < len(offered):
-                    yield config.replace(name, bits._replace(**{part: offered[to]}))
+                    yield Move(name, bits, bits._replace(**{part: offered[to]}))
 
 
 def normalised(values: Sequence[float]) -> list[float]:
@@ -77,6 +86,51 @@ def weight_target(table: Sequence[LayerInfo], start: BitConfig, budget: float) -
     return fixed + sqrt(max(budget - fixed, 0) * (bitops(table, start) - fixed))
 
 
+@dataclass
+class Errors:
+    """What is known of the errors after each move, some of it measured at earlier steps.
+
+    A move changes the error by about as much as it did when it was last measured.
+    """
+
+    error: Error
+    now: Step
+    known: dict[Move, tuple[float, float]] = field(default_factory=dict)  # error after and before
+    fresh: set[Move] = field(default_factory=set)  # measured at the present step
+
+    def measure(self, move: Move) -> None:
+        """Measures the error after `move` at the present step."""
+        after = self.error(self.now.config.replace(move.layer, move.after))
+        self.known[move] = after, self.now.error
+        self.fresh.add(move)
+
+    def __getitem__(self, move: Move) -> float:
+        after, before = self.known[move]
+        return after if move in self.fresh else self.now.error + after - before
+
+
+def best_move(costs: Mapping[Move, int], errors: Errors, alpha: float, exact: bool) -> Move:
+    """The move with the least alpha * (normalised error) + (normalised BitOPs).
+
+    `costs`: BitOPs after each move. Measured are moves never seen, and then the best until it is a
+    fresh one; with `exact`, all of them.
+    """
+    for move in costs:
+        if exact or move not in errors.known:
+            errors.measure(move)
+    while True:
+        terms = zip(
+            normalised([errors[move] for move in costs]),
+            normalised(list(costs.values())),
+            strict=True,
+        )
+        scores = [alpha * error + cost for error, cost in terms]
+        best = list(costs)[scores.index(min(scores))]
+        if best in errors.fresh:
+            return best
+        errors.measure(best)
+
+
 def greedy(
     supernet: Supernet,
     error: Error,
@@ -84,39 +138,40 @@ def greedy(
     *,
     alpha: float = 1.5,
     start: BitConfig | None = None,
+    exact: bool = False,
 ) -> list[Step]:
     """Bidirectional greedy search (RFQuant, arXiv 2401.01543): the path from `start` to the budget.
 
-    Each step tries every layer one candidate up and one down and takes the move with the least
-    alpha * (normalised error) + (normalised BitOPs), both scaled over the step's moves. A move up
-    must lead to a configuration not visited before, so that the search ends. Weights move first,
-    until `weight_target`; then activations; then both, should the budget not hold yet. `budget`:
-    BitOPs per image. `start`: the largest bits if None. The last step is the result.
+    Each step tries every layer one candidate up and one down and takes the best move by
+    `best_move`. A move up must lead to a configuration not visited before, so that the search ends.
+    Weights move first, until `weight_target`; then activations; then both, should the budget not
+    hold yet. `budget`: BitOPs per image. `start`: the largest bits if None. `exact`: measure every
+    move at every step, as the paper does, at many times the cost. The last step is the result.
     Raises ValueError for a budget below the smallest bits.
     """
     table, candidates = supernet.table, supernet.candidates
     config = start or largest(candidates)
     path = [Step(config, error(config), bitops(table, config))]
-    visited = {config}
-    phases = [
-        (("weight",), weight_target(table, config, budget)),
-        (("act",), budget),
-        (("weight", "act"), budget),
-    ]
-    with tqdm(desc="search", unit=" passes", leave=False) as bar:
-        for parts, target in phases:
-            while (now := path[-1].bitops) > target:
-                nearby = [(c, bitops(table, c)) for c in moves(path[-1].config, candidates, parts)]
-                if not any(cost < now for _, cost in nearby):
+    visited, errors = {config}, Errors(error, path[0])
+    halfway = weight_target(table, config, budget)
+    phases = {("weight",): halfway, ("act",): budget, ("weight", "act"): budget}
+    with tqdm(desc="search", unit=" steps", leave=False) as bar:
+        for parts, target in phases.items():
+            while (now := path[-1]).bitops > target:
+                errors.now, errors.fresh = now, set()
+                costs = {}
+                for move in moves(now.config, candidates, parts):
+                    config = now.config.replace(move.layer, move.after)
+                    cost = bitops(table, config)
+                    if cost < now.bitops or config not in visited:
+                        costs[move] = cost
+                if all(cost >= now.bitops for cost in costs.values()):
                     break
-                options = [c for c, cost in nearby if cost < now or c not in visited]
-                costs = [bitops(table, c) for c in options]
-                errors = [error(c) for c in options]
-                scores = zip(normalised(errors), normalised(costs), strict=True)
-                best = min(enumerate(scores), key=lambda item: alpha * item[1][0] + item[1][1])[0]
-                path.append(Step(options[best], errors[best], costs[best]))
-                visited.add(options[best])
-                bar.update(len(options))
+                best = best_move(costs, errors, alpha, exact)
+                config = now.config.replace(best.layer, best.after)
+                path.append(Step(config, errors[best], costs[best]))
+                visited.add(config)
+                bar.update()
                 bar.set_postfix_str(f"{costs[best] / 1e9:.3f} of {budget / 1e9:.3f} G BitOPs")
     if path[-1].bitops > budget:
         raise ValueError(f"budget={budget / 1e9} G: no configuration needs so few BitOPs")

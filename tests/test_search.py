@@ -109,7 +109,7 @@ def test_greedy_is_its_literal_rule_and_keeps_the_budget(layers, seed, share, al
     stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
     ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
     budget = ends[0] + share * (ends[1] - ends[0])
-    path = greedy(stand, error, budget, alpha=alpha)
+    path = greedy(stand, error, budget, alpha=alpha, exact=True)
     literal = literal_greedy(stand, error, budget, alpha)
     assert [dict(step.config) for step in path] == literal
     assert path[-1].bitops <= budget
@@ -146,12 +146,40 @@ def test_greedy_on_a_network_against_exhaustion(supernet):
     assert path[-1].error == error(path[-1].config)  # scoring leaves no trace
 
 
+@settings(max_examples=60, deadline=None)
+@given(STANDS, st.integers(0, 999), st.floats(0, 1))
+def test_fast_search_keeps_the_budget_and_its_errors_are_measured(layers, seed, share):
+    stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
+    ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
+    budget = ends[0] + share * (ends[1] - ends[0])
+    path = greedy(stand, error, budget)
+    assert path[-1].bitops <= budget
+    for step in path:
+        assert (step.error, step.bitops) == (error(step.config), bitops(stand.table, step.config))
+
+
+def test_fast_search_takes_the_exact_decisions_where_moves_do_not_interact():
+    def error(config):  # a sum over layers: what a move changes never changes
+        return sum(i * 2.0**-b.weight + 2.0**-b.act for i, b in enumerate(config.values(), 1))
+
+    calls = []
+    stand = Stand((5, 20, 10, 7), [((2, 3, 4, 5, 6),) * 2] * 4)
+    budget = 0.4 * bitops(stand.table, largest(stand.candidates))
+    fast = greedy(stand, lambda c: calls.append(c) or error(c), budget)
+    measured = len(calls)
+    exact = greedy(stand, lambda c: calls.append(c) or error(c), budget, exact=True)
+    assert [s.config for s in fast] == [s.config for s in exact]
+    assert measured < (len(calls) - measured) / 2
+
+
 def test_moves_are_all_neighbours_in_one_bit_width():
     stand = Stand((1, 1), [((2, 3, 4), (2, 4)), ((8,), (8,))])
     config = BitConfig.of({"l0": (3, 2), "l1": (8, 8)})
-    found = {tuple(c["l0"]) for c in moves(config, stand.candidates, ["weight", "act"])}
-    assert found == {(2, 2), (4, 2), (3, 4)}
-    assert {tuple(c["l0"]) for c in moves(config, stand.candidates, ["weight"])} == {(2, 2), (4, 2)}
+    found = list(moves(config, stand.candidates, ["weight", "act"]))
+    assert all((move.layer, move.before) == ("l0", (3, 2)) for move in found)
+    assert {move.after for move in found} == {(2, 2), (4, 2), (3, 4)}
+    weights = moves(config, stand.candidates, ["weight"])
+    assert {move.after for move in weights} == {(2, 2), (4, 2)}
 
 
 def test_weights_go_half_of_the_way():
