@@ -32,7 +32,8 @@ def top1_interval(correct: Tensor) -> dict[str, float]:
     """
     hits, n = int(correct.sum()), len(correct)
     low, high = binomtest(hits, n).proportion_ci(0.95, "wilson")
-    return {"top1": 100 * hits / n, "top1_low": 100 * low, "top1_high": 100 * high}
+    percent = {"top1": hits / n, "top1_low": low, "top1_high": high}
+    return {name: float(100 * share) for name, share in percent.items()}
 
 
 def measure(
@@ -88,43 +89,45 @@ def show(metrics: pd.DataFrame) -> Markdown:
     return Markdown("\n".join(lines))
 
 
-def best_uniform(metrics: pd.DataFrame, budget: float) -> pd.Series | None:
-    """The uniform configuration at or under `budget` (G) that is best on the search split."""
-    fits = metrics["configuration"].str.startswith("uniform") & (metrics["bitops_g"] <= budget)
-    uniform = metrics[fits].sort_values(["search_top1", "search_loss"], ascending=[False, True])
-    return None if uniform.empty else uniform.iloc[0]
+def best_within(metrics: pd.DataFrame, budget: float, kind: str = "") -> str | None:
+    """The configuration at or under `budget` (G) that is best on the search split, or None.
+
+    By top-1, then by loss. `kind`: only configurations whose name begins so, such as "uniform".
+    """
+    fits = metrics["configuration"].str.startswith(kind) & (metrics["bitops_g"] <= budget)
+    ranked = metrics[fits].sort_values(["search_top1", "search_loss"], ascending=[False, True])
+    return None if ranked.empty else ranked.iloc[0]["configuration"]
 
 
 def verdict(metrics: pd.DataFrame, budget: float) -> str:
     """In words, how the searched policy compares with the best uniform one within the budget."""
-    found, uniform = (
-        metrics.set_index("configuration").loc["searched"],
-        best_uniform(metrics, budget),
-    )
-    if uniform is None:
+    best = best_within(metrics, budget, "uniform")
+    if best is None:
         return f"No uniform configuration costs {budget} G or less: there is none to compare with."
+    rows = metrics.set_index("configuration")
+    found, uniform = rows.loc["searched"], rows.loc[best]
     search, test = (found[key] - uniform[key] for key in ("search_top1", "top1"))
     apart = found["top1_low"] > uniform["top1_high"] or uniform["top1_low"] > found["top1_high"]
     return (
-        f"Of the uniform configurations at or under {budget} G, {uniform['configuration']} is best"
-        f" on the search split, at {uniform['bitops_g']:.3f} G.\n"
-        f"The searched policy, at {found['bitops_g']:.3f} G, classifies {search:+.1f} percentage"
-        f" points more images correctly on the search split and {test:+.1f} on the test split.\n"
-        f"The two test intervals {'do not overlap' if apart else 'overlap'}; one seed is no"
-        " evidence for either."
+        f"Of the uniform configurations at or under {budget} G, {best} is best on the search split,"
+        f" at {uniform['bitops_g']:.3f} G.\n"
+        f"The searched one, at {found['bitops_g']:.3f} G, differs from it by {search:+.1f} points of"
+        f" top-1 on the search split and by {test:+.1f} on the test split, where the two intervals"
+        f" {'do not overlap' if apart else 'overlap'}.\n"
+        f"The policy is the better one on the search split: {best_within(metrics, budget)}."
     )
 
 
 def result(metrics: pd.DataFrame, budget: float, seed: int, seconds: float) -> dict:
-    """What result.json holds: the searched policy's figures, float and uniform ones beside it."""
+    """What result.json holds: the policy's figures, all configurations' beside it."""
     rows = {row["configuration"]: row for row in metrics.to_dict("records")}
-    keys = ("bitops_g", "size_mb", "top1", "top1_low", "top1_high", "search_top1", "search_loss")
-    uniform = [row for name, row in rows.items() if name.startswith("uniform")]
+    chosen = best_within(metrics, budget)
     return {
         "bitops_budget_g": budget,
-        **{key: rows["searched"][key] for key in keys},
+        **rows[chosen],
         "top1_float": rows["float"]["top1"],
-        "uniform": uniform,
+        "searched": rows["searched"],
+        "uniform": [row for name, row in rows.items() if name.startswith("uniform")],
         "seed": seed,
         "seconds": round(seconds, 1),
     }

@@ -49,10 +49,13 @@ def test_interval_is_wilson_s():
     assert found["top1_high"] == pytest.approx(100 * (centre + half / (1 + z2 / 50)), abs=1e-4)
 
 
-def test_best_uniform_is_chosen_on_the_search_split_within_the_budget(metrics):
-    assert report.best_uniform(metrics, 3.0)["configuration"] == "uniform 3"
-    assert report.best_uniform(metrics, 9.0)["configuration"] == "uniform 4"
-    assert report.best_uniform(metrics, 0.5) is None
+def test_the_best_is_chosen_on_the_search_split_within_the_budget(metrics):
+    assert report.best_within(metrics, 3.0, "uniform") == "uniform 3"
+    assert report.best_within(metrics, 9.0, "uniform") == "uniform 4"
+    assert report.best_within(metrics, 0.5, "uniform") is None
+    assert report.best_within(metrics, 3.0) == "searched"
+    tie = metrics.assign(search_top1=70.0, search_loss=[0.0, 0.3, 0.1, 0.2, 0.0])
+    assert report.best_within(tie, 3.0, "u") == "uniform 2"  # by loss
 
 
 def test_verdict_says_what_the_numbers_say(metrics):
@@ -82,6 +85,7 @@ def test_result_holds_what_is_promised(metrics):
     found = report.result(metrics, 3.0, seed=7, seconds=1.26)
     assert found["bitops_budget_g"] == 3.0 and found["bitops_g"] == 2.9 and found["top1"] == 75.0
     assert found["top1_float"] == 91.0 and found["seed"] == 7 and found["seconds"] == 1.3
+    assert found["configuration"] == found["searched"]["configuration"] == "searched"
     assert [r["configuration"] for r in found["uniform"]] == [f"uniform {b}" for b in (2, 3, 4)]
     json.dumps(found, allow_nan=False)
 
