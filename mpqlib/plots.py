@@ -27,7 +27,7 @@ def training_curves(histories: Mapping[str, Sequence[Mapping]]) -> Figure:
                 style = dict(linestyle=line, marker="o", label=name)
                 axes[0].plot(rows["epoch"], rows[f"loss{suffix}"], **style)
                 axes[1].plot(rows["epoch"], 100 * rows[f"accuracy{suffix}"], **style)
-    axes[0].set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
+    axes[0].set(xlabel="epoch", ylabel="training loss (nats)")
     axes[1].set(xlabel="epoch", ylabel="training top-1 (%)")
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -65,14 +65,14 @@ def policy_bits(table: Sequence[LayerInfo], config: BitConfig) -> Figure:
         "weight bits": [config[name].weight for name in names],
         "activation bits": [config[name].act for name in names],
     }
-    size = (max(6, 1 + 0.33 * len(names)), 6)
+    size = (max(6, 1 + 0.33 * len(names)), 6.6)
     figure, axes = plt.subplots(3, 1, figsize=size, sharex=True, layout="constrained")
     for axis, (label, bits) in zip(axes, rows.items(), strict=False):
         axis.bar(names, bits, color=[COLOURS[b] for b in bits])
-        axis.set(ylabel=label, ylim=(0, 8.9), yticks=range(0, 9, 2))
+        axis.set(ylabel=label, ylim=(0, 10), yticks=range(0, 9, 2))
         axis.bar_label(axis.containers[0], fontsize=8)
     axes[2].bar(names, share, color="0.55")
-    axes[2].set(ylabel="share of BitOPs (%)", xlabel="layer, from input to output")
+    axes[2].set(ylabel="BitOPs (%)", xlabel="layer, from input to output")
     axes[2].tick_params(axis="x", rotation=90)
     used = sorted({b for bits in rows.values() for b in bits})
     handles = [Patch(color=COLOURS[b], label=f"{b} bits") for b in used]

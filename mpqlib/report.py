@@ -111,8 +111,8 @@ def verdict(metrics: pd.DataFrame, budget: float) -> str:
     return (
         f"Of the uniform configurations at or under {budget} G, {best} is best on the search split,"
         f" at {uniform['bitops_g']:.3f} G.\n"
-        f"The searched one, at {found['bitops_g']:.3f} G, differs from it by {search:+.1f} points of"
-        f" top-1 on the search split and by {test:+.1f} on the test split, where the two intervals"
+        f"The searched one, at {found['bitops_g']:.3f} G, differs from it by {search:+.1f} points"
+        f" of top-1 on the search split and by {test:+.1f} on the test split, where the intervals"
         f" {'do not overlap' if apart else 'overlap'}.\n"
         f"The policy is the better one on the search split: {best_within(metrics, budget)}."
     )

@@ -60,14 +60,11 @@ class BitConfig(Mapping):
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One row of the layer table: what the cost model and the plots need to know of a layer.
-
-    `macs`: multiply-accumulates per image; `weights`: number of weights.
-    """
+    """One row of the layer table: what the cost model and the plots need to know of a layer."""
 
     name: str
-    macs: int
-    weights: int
+    macs: int  # multiply-accumulates per image
+    weights: int  # how many
     depthwise: bool
     candidates: Candidates
 
@@ -148,9 +145,8 @@ class Supernet(nn.Module):
     and the layer table. `bits`: candidates of ordinary layers; depth-wise convolutions drop those
     below `depthwise_min`. `edge_bits`: width of the first layers (their input stays float) and of
     the last ones, or None to treat them as ordinary. `overrides`: candidates of layers by name.
-    `pair_norms`: a batch norm per bit-width pair, or one for all.
-    Raises ValueError for an untraceable model, an unknown layer name, no or unfit bits.
-    Source: RFQuant (arXiv 2401.01543).
+    `pair_norms`: a batch norm per bit-width pair, or one for all. Raises ValueError for an
+    untraceable model, an unknown layer name, no or unfit bits. Source: RFQuant (arXiv 2401.01543).
     """
 
     def __init__(
@@ -167,8 +163,8 @@ class Supernet(nn.Module):
         super().__init__()
         bits, overrides = tuple(sorted(set(bits))), dict(overrides or {})
         structure = _trace(model)
-        first = structure.first if edge_bits is not None else set()
-        last = structure.last if edge_bits is not None else set()
+        edged = edge_bits is not None
+        self.first, self.last = sorted(structure.first) * edged, sorted(structure.last) * edged
         if unknown := set(overrides) - set(structure.norms):
             raise ValueError(f"overrides name no layer: {sorted(unknown)}; {list(structure.norms)}")
         self.model, self.table = model, []
@@ -177,19 +173,18 @@ class Supernet(nn.Module):
             op, (x, positions) = model.get_submodule(name), seen[name]
             depthwise = getattr(op, "groups", 1) == op.weight.shape[0] > 1
             own = tuple(b for b in bits if b >= depthwise_min or not depthwise) or bits[-1:]
-            own = (edge_bits,) if name in first | last else own
+            own = (edge_bits,) if name in self.first + self.last else own
             candidates = Candidates(*(tuple(sorted(b)) for b in overrides.get(name, (own, own))))
             if isinstance(op, nn.Linear):
-                layer = QuantLinear(op, x, candidates, name in first)
+                layer = QuantLinear(op, x, candidates, name in self.first)
             else:
                 norm_module = model.get_submodule(norm) if norm else None
-                layer = QuantConvBN(op, x, candidates, name in first, norm_module, pair_norms)
+                layer = QuantConvBN(op, x, candidates, name in self.first, norm_module, pair_norms)
             model.set_submodule(name, layer)
             if norm:
                 model.set_submodule(norm, nn.Identity())
             count = op.weight.numel()
             self.table.append(LayerInfo(name, positions * count, count, depthwise, candidates))
-        self.first, self.last = sorted(first), sorted(last)
         self.train(model.training)
 
     @property

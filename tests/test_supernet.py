@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from test_quantizer import naive_quantize
-from timm.layers import Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
 from mpqlib.layers import Bits, Candidates, QuantConvBN, QuantLinear
@@ -256,6 +256,17 @@ class NormLast(Small):
         return self.norm(self.a(x))
 
 
+class NormWithActivation(Small):
+    """A norm of a class of its own, with a forward of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = BatchNormAct2d(3).double()
+
+    def forward(self, x):
+        return self.norm(self.a(x))
+
+
 class Residual(Small):
     def forward(self, x):
         x = self.norm(self.a(x)).relu()
@@ -312,6 +323,7 @@ class InPlace(Small):
 WIRINGS = [
     Plain,
     NormLast,
+    NormWithActivation,
     Residual,
     TwoReaders,
     NormInTheOutput,
@@ -383,7 +395,7 @@ def outputs_per_config(net: Supernet, x: Tensor, configs: list[BitConfig | None]
         return [net(x, config) for config in configs]
 
 
-@pytest.mark.parametrize("wiring", [NormLast, Residual])
+@pytest.mark.parametrize("wiring", [NormLast, NormWithActivation, Residual])
 def test_training_one_pair_leaves_the_other_pairs_and_float_mode_alone(wiring, generator):
     model, x = wiring(), torch.randn(4, 3, 4, 4, dtype=torch.float64)
     net = Supernet(model, x, (2, 4), edge_bits=None)
@@ -510,6 +522,18 @@ def test_edges_can_be_ordinary_layers(generator):
 def test_two_branches_that_read_the_image_are_both_first(generator):
     net = Supernet(NormFirst(), torch.randn(2, 3, 4, 4, dtype=torch.float64), (2, 4))
     assert net.first == ["a", "b"] and net.last == ["c"]
+    assert [c.weight for c in net.candidates.values()] == [(8,), (8,), (8,)]
+
+
+class TwoHeads(Small):
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.b(x) + self.c(x)
+
+
+def test_two_branches_that_no_layer_reads_are_both_last(generator):
+    net = Supernet(TwoHeads(), torch.randn(2, 3, 4, 4, dtype=torch.float64), (2, 4))
+    assert net.first == ["a"] and net.last == ["b", "c"]
     assert [c.weight for c in net.candidates.values()] == [(8,), (8,), (8,)]
 
 
