@@ -41,7 +41,9 @@ class BitConfig(Mapping):
         return json.dumps(dict(self.layers))
 
     def replace(self, layer: str, bits: Bits) -> "BitConfig":
-        """A copy in which `layer` has other bits."""
+        """A copy in which `layer`, one of this configuration's, has other bits."""
+        if layer not in self:
+            raise ValueError(f"layer={layer!r} is not in this configuration: one of {list(self)}")
         return BitConfig(tuple((n, bits if n == layer else b) for n, b in self.layers))
 
     def __getitem__(self, layer: str) -> Bits:

@@ -181,6 +181,20 @@ class Run:
         self.history = state["history"]
 
 
+def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """One training step on images (N, C, H, W) and labels (N); returns its losses."""
+    losses = run.gradients(x, y)
+    average_gradients(run.model)
+    nn.utils.clip_grad_value_(run.model.parameters(), run.config.clip_value)
+    if isinstance(run.model, Supernet) and run.config.region_decay:
+        decay_outside_region(run.model, run.config.weight_decay)
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    run.average.update_parameters(run.model)
+    return losses
+
+
 def train(
     model: nn.Module,
     dataset: Dataset,
@@ -221,15 +235,7 @@ def train(
             for step, (x, y) in enumerate(tqdm(loader, title, leave=False)):
                 run.set_learning_rate(epoch + (step + 0.5) / steps)
                 x = x.to(device, memory_format=torch.channels_last)
-                losses.append(run.gradients(x, y.to(device)))
-                average_gradients(model)
-                nn.utils.clip_grad_value_(model.parameters(), config.clip_value)
-                if one_shot and config.region_decay:
-                    decay_outside_region(model, config.weight_decay)
-                for optimizer in run.optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
-                run.average.update_parameters(model)
+                losses.append(update(run, x, y.to(device)))
         row |= {key: float(sum(loss[key] for loss in losses) / steps) for key in losses[0]}
         run.history.append(row | {"seconds": time.perf_counter() - started})
         if checkpoint:

@@ -747,3 +747,10 @@ def test_sample_is_uniform_over_the_candidates():
     counts = Counter((config["a"].weight, config["b"].weight) for config in drawn)
     pairs = itertools.product(CANDIDATES["a"].weight, CANDIDATES["b"].weight)
     assert chisquare([counts[pair] for pair in pairs]).pvalue > 1e-3
+
+
+def test_replace_refuses_a_layer_that_is_not_there():
+    config = BitConfig.of({"a": (2, 3)})
+    assert config.replace("a", Bits(4, 4))["a"] == (4, 4)
+    with pytest.raises(ValueError, match="layer='b' is not in this configuration"):
+        config.replace("b", Bits(4, 4))
