@@ -67,7 +67,7 @@ def policy_bits(table: Sequence[LayerInfo], config: BitConfig) -> Figure:
     }
     size = (max(6, 1 + 0.33 * len(names)), 6.6)
     figure, axes = plt.subplots(3, 1, figsize=size, sharex=True, layout="constrained")
-    for axis, (label, bits) in zip(axes, rows.items(), strict=False):
+    for axis, (label, bits) in zip(axes[:2], rows.items(), strict=True):
         axis.bar(names, bits, color=[COLOURS[b] for b in bits])
         axis.set(ylabel=label, ylim=(0, 10), yticks=range(0, 9, 2))
         axis.bar_label(axis.containers[0], fontsize=8)

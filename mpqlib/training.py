@@ -148,7 +148,7 @@ class Run:
         """Both optimizers' learning rates at `epoch`, a real number."""
         share = learning_rate(epoch, self.config.epochs, self.config.warmup_epochs)
         peaks = (self.config.lr, self.config.step_lr)
-        for optimizer, peak in zip(self.optimizers, peaks, strict=False):
+        for optimizer, peak in zip(self.optimizers, peaks[: len(self.optimizers)], strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
 
