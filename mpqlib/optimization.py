@@ -1,9 +1,10 @@
 """How weights, norms and steps move: optimizers, schedule, region decay, averaging."""
 
+import copy
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from .quantizer import Quantizer, integer_range
 from .scheduler import cosine
@@ -62,11 +63,29 @@ def average_gradients(model: nn.Module) -> None:
                 p.grad /= dist.get_world_size()
 
 
-def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of `model`, with a decay that warms up as (1 + n) / (10 + n)."""
+class MovingAverage(nn.Module):
+    """Exponential moving average of a model's parameters; `module` is the averaged model.
 
-    def average(averaged: list[Tensor], current: list[Tensor], n: Tensor) -> None:
-        weight = 1 - min(decay, (1 + int(n)) / (10 + int(n)))
-        torch._foreach_lerp_(averaged, current, weight)
+    The decay warms up as (1 + n) / (10 + n) over n updates. Buffers are not averaged but copied,
+    when asked for: torch's AveragedModel copies them at each update, thousands in a bank of norms.
+    """
 
-    return AveragedModel(model, multi_avg_fn=average)
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.module = copy.deepcopy(model)
+        self.decay = decay
+        self.register_buffer("updates", torch.tensor(0))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Moves the average towards the model's present parameters."""
+        n = int(self.updates)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        self.updates += 1
+
+    @torch.no_grad()
+    def copy_buffers(self, model: nn.Module) -> None:
+        """Takes over the model's present buffers, such as running statistics."""
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)

@@ -26,6 +26,16 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(*in_memory_order(a, b))
 
 
+def where_inside(grad: Tensor, x: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
+    """`grad` where q_min < x / step < q_max, else 0: the gradient of hardtanh, in one pass."""
+    scale = 1.0
+    if x.device.type == "cpu":  # the bounds in units of x, as numbers, spare the division ...
+        scale = step.item()
+    else:  # ... but an accelerator would have to wait for those numbers
+        x = x / step
+    return torch.ops.aten.hardtanh_backward(grad, x, q_min * scale, q_max * scale)
+
+
 class LSQ(torch.autograd.Function):
     """Fake quantization with LSQ's gradients (arXiv 1902.08153, equations 1-3 and 5).
 
@@ -38,18 +48,17 @@ class LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float):
-        v = x / step
-        x_hat = v.clamp(q_min, q_max).round_().mul_(step)
-        ctx.save_for_backward(v, x_hat, step)
+        x_hat = (x / step).clamp_(q_min, q_max).round_().mul_(step)
+        # Both live on in the layers around, so they cost no memory; v is computed again.
+        ctx.save_for_backward(x, x_hat, step)
         ctx.q_min, ctx.q_max, ctx.gradient_scale = q_min, q_max, gradient_scale
         return x_hat
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        v, x_hat, step = ctx.saved_tensors
-        # hardtanh's gradient is the indicator of the open interval (q_min, q_max), in one pass.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, v, ctx.q_min, ctx.q_max)
-        grad_step = inner(grad, x_hat) / step - inner(grad_x, v)
+        x, x_hat, step = ctx.saved_tensors
+        grad_x = where_inside(grad, x, step, ctx.q_min, ctx.q_max)
+        grad_step = (inner(grad, x_hat) - inner(grad_x, x)) / step
         return grad_x, grad_step * ctx.gradient_scale, None, None, None
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
@@ -17,8 +16,8 @@ from .checkpoint import load_state, save_state
 from .layers import Candidates
 from .one_shot import float_gradients, one_shot_gradients
 from .optimization import (
+    MovingAverage,
     average_gradients,
-    averaged_copy,
     decay_outside_region,
     learning_rate,
     optimizers_of,
@@ -107,7 +106,7 @@ class Run:
 
     config: TrainConfig
     model: nn.Module
-    average: AveragedModel
+    average: MovingAverage
     optimizers: list[torch.optim.Optimizer]
     generator: torch.Generator  # everything random comes from it, the same on every process
     candidates: dict[str, Candidates]
@@ -120,7 +119,7 @@ class Run:
         optimizers = optimizers_of(model, config.momentum, config.weight_decay, config.region_decay)
         candidates = model.candidates if isinstance(model, Supernet) else {}
         generator = torch.Generator().manual_seed(config.seed)
-        average = averaged_copy(model, config.ema_decay)
+        average = MovingAverage(model, config.ema_decay)
         return cls(config, model, average, optimizers, generator, candidates, [], dict(about or {}))
 
     def describe(self) -> dict:
@@ -191,7 +190,7 @@ def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    run.average.update_parameters(run.model)
+    run.average.update(run.model)
     return losses
 
 
@@ -237,6 +236,7 @@ def train(
                 x = x.to(device, memory_format=torch.channels_last)
                 losses.append(update(run, x, y.to(device)))
         row |= {key: float(sum(loss[key] for loss in losses) / steps) for key in losses[0]}
+        run.average.copy_buffers(model)
         run.history.append(row | {"seconds": time.perf_counter() - started})
         if checkpoint:
             run.save(checkpoint)

@@ -11,7 +11,7 @@ from conftest import TinyNet, images
 from mpqlib import Supernet, TrainConfig, largest, sample, train
 from mpqlib.distortion import grid_loss
 from mpqlib.one_shot import one_shot_gradients
-from mpqlib.optimization import averaged_copy, decay_outside_region, learning_rate
+from mpqlib.optimization import MovingAverage, decay_outside_region, learning_rate
 
 SMALL = TrainConfig(
     epochs=3, batch_size=16, warmup_epochs=1, freeze_start=1, freeze_every=1, grid_start=0.3
@@ -228,14 +228,23 @@ def test_region_decay_spares_what_the_smallest_bits_do_not_clip(supernet):
 
 def test_average_follows_the_weights_with_a_warmed_up_decay():
     model = torch.nn.Linear(1, 1, bias=False)
-    average, expected = averaged_copy(model, decay=0.5), None
+    average, expected = MovingAverage(model, decay=0.5), model.weight.item()
     for n in range(20):
         with torch.no_grad():
             model.weight.fill_(float(n**2))
-        average.update_parameters(model)
+        average.update(model)
         decay = min(0.5, (1 + n) / (10 + n))
-        expected = n**2 if n == 0 else decay * expected + (1 - decay) * n**2
+        expected = decay * expected + (1 - decay) * n**2
         assert average.module.weight.item() == pytest.approx(expected)
+
+
+def test_average_takes_over_running_statistics():
+    model = torch.nn.BatchNorm1d(3)
+    average = MovingAverage(model, decay=0.5)
+    model(torch.randn(8, 3))
+    average.copy_buffers(model)
+    for mine, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
+        assert torch.equal(mine, theirs) and mine is not theirs
 
 
 def test_float_training_is_plain_sgd(dataset):
