@@ -1,7 +1,8 @@
 """Information distortion mitigation: low-bit outputs are drawn to the high-bit ones."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +21,49 @@ def lowest_layers(config: Mapping[str, Bits], candidates: Mapping[str, Candidate
 
 
 @contextmanager
-def captured(layers: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Within the block, the outputs (after the norm) of the named layers, by name."""
-    outputs: dict[str, Tensor] = {}
+def reading(
+    layers: Mapping[str, nn.Module], names: Iterable[str], read: Callable[[str, Tensor], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Within the block, `read(name, output)` of the named layers (after the norm), by name.
 
-    def hook(name: str):
-        def keep(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            outputs[name] = output
-            # The network goes on with a copy: what follows may write in place (ReLU, `+=`).
-            return output.clone()
+    It reads at once, because what follows may write over the output (an in-place ReLU, `+=`).
+    """
+    found: dict[str, Tensor] = {}
 
-        return keep
+    def hook(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        found[name] = read(name, output)
 
     chosen = {name: layers[name] for name in names}  # an unknown name fails before any hook is set
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in chosen.items()]
+    handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in chosen.items()]
     try:
-        yield outputs
+        yield found
     finally:
         for handle in handles:
             handle.remove()
 
 
-def idm_loss(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-    """Sum over layers of the mean squared error to the largest bits' (detached) outputs (IDM).
+def captured(layers: Mapping[str, nn.Module], names: Iterable[str]):
+    """Within the block, detached copies of the named layers' outputs (after the norm), by name."""
+    return reading(layers, names, lambda name, output: output.detach().clone())
 
-    `outputs`: of the layers to mend, (N, C, H, W) each; `targets`: at least the same layers.
-    Raises ValueError without any layer.
+
+def distortions(
+    layers: Mapping[str, nn.Module], names: Iterable[str], targets: Mapping[str, Tensor]
+):
+    """Within the block, the named layers' outputs less `targets`, by name; gradients flow."""
+    return reading(layers, names, lambda name, output: output - targets[name])
+
+
+def idm_loss(distortions: Mapping[str, Tensor]) -> Tensor:
+    """Sum over layers of their mean squared distortion, a scalar (RFQuant's IDM).
+
+    `distortions`: what the outputs (N, C, H, W) of the layers to mend are off the (detached) ones
+    at the largest bits. Raises ValueError without any layer.
     """
-    if not outputs:
-        raise ValueError("no layer's outputs were given: IDM needs at least one")
-    # A norm, because the gradient of mse_loss forgets channels-last, which slows the layers below.
-    distances = (
-        vector_norm(y - targets[name].detach()) / y.numel() ** 0.5 for name, y in outputs.items()
-    )
-    return sum(distance.square() for distance in distances)
+    if not distortions:
+        raise ValueError("no layer's distortion was given: IDM needs at least one")
+    # By norms, because the gradient of mse_loss is not channels-last, which slows the layers below.
+    return sum(vector_norm(d).square() / d.numel() for d in distortions.values())
 
 
 def grid_loss(layers: Mapping[str, QuantLinear], config: Mapping[str, Bits]) -> Tensor:

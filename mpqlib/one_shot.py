@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distortion import captured, grid_loss, idm_loss, lowest_layers
+from .distortion import captured, distortions, grid_loss, idm_loss, lowest_layers
 from .layers import Candidates
 from .supernet import BitConfig, Supernet, largest
 
@@ -51,12 +51,12 @@ def one_shot_gradients(
     losses = {"loss": loss.detach(), "accuracy": accuracy(logits, y)}
 
     for config, names in zip(configs, lowest, strict=True):
-        with captured(layers, names) as outputs:
+        with distortions(layers, names, targets) as distorted:
             student = supernet(x, config)
         cross_entropy = F.cross_entropy(student, y, label_smoothing=smoothing)
         divergence = F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
         random_loss = (cross_entropy + divergence) / 2
-        idm = idm_loss(outputs, targets) if outputs else torch.zeros_like(random_loss)
+        idm = idm_loss(distorted) if distorted else torch.zeros_like(random_loss)
         grid = grid_loss(layers, config) if grid_weight else torch.zeros_like(random_loss)
         (random_loss + idm_weight * idm + grid_weight * grid).backward()
 

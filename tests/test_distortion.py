@@ -1,6 +1,7 @@
 """Which layers are mended, what is captured of them, and the losses against naive loops."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from test_quantizer import naive_quantize
 from torch import Tensor, nn
 
-from mpqlib.distortion import captured, grid_loss, idm_loss, lowest_layers
+from mpqlib.distortion import captured, distortions, grid_loss, idm_loss, lowest_layers
 from mpqlib.layers import Bits, Candidates, QuantLinear
 from mpqlib.supernet import BitConfig, Supernet, sample
 
@@ -99,19 +100,26 @@ def test_only_named_layers_are_captured(block):
     assert outputs == {}
 
 
-def test_capturing_changes_neither_output_nor_gradients(block):
+def test_reading_changes_neither_output_nor_gradients(block):
     net, x = block
     config = net.uniform(2)
+    with captured(net.layers, net.layers) as targets:
+        net(x, net.uniform(4))
     results = []
-    for names in ([], list(net.layers)):
+    for reader in (nullcontext(), captured(net.layers, net.layers), mended(net, targets)):
         net.zero_grad()
-        with captured(net.layers, names):
+        with reader:
             y = net(x, config)
         y.square().sum().backward()
         gradients = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
         results.append({"y": y.detach()} | gradients)
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+    for other in results[1:]:
+        assert results[0].keys() == other.keys()
+        assert all(torch.equal(results[0][key], other[key]) for key in other)
+
+
+def mended(net: Supernet, targets: dict[str, Tensor]):
+    return distortions(net.layers, targets, targets)
 
 
 def no_hook_left(net: Supernet) -> bool:
@@ -145,14 +153,30 @@ def test_an_unknown_layer_leaves_no_hook(block):
     assert no_hook_left(net)
 
 
-def test_loss_on_captured_outputs_trains_the_layer_below(block):
+def test_captured_outputs_are_of_no_graph(block):
+    net, x = block
+    with captured(net.layers, ["conv1"]) as outputs:
+        net(x, net.uniform(2))
+    assert not outputs["conv1"].requires_grad
+
+
+def test_distortion_is_the_difference_to_the_targets(block):
+    net, x = block
+    low, high = (by_hand(net, x, net.uniform(bits)) for bits in (2, 4))
+    with distortions(net.layers, ["conv2"], high) as distorted:
+        net(x, net.uniform(2))
+    assert set(distorted) == {"conv2"}
+    torch.testing.assert_close(distorted["conv2"], low["conv2"] - high["conv2"])
+
+
+def test_loss_on_distortions_trains_the_layer_below(block):
     net, x = block
     with captured(net.layers, ["conv1"]) as targets:
         net(x, net.uniform(4))
-    with captured(net.layers, ["conv1"]) as outputs:
+    with distortions(net.layers, ["conv1"], targets) as distorted:
         net(x, net.uniform(2))
     net.zero_grad()
-    idm_loss(outputs, targets).backward()
+    idm_loss(distorted).backward()
     first, second = net.layers["conv1"], net.layers["conv2"]
     assert bool(first.op.weight.grad.any()) and second.op.weight.grad is None
     # Through the 2-bit pass alone: the 4-bit outputs are targets.
@@ -160,14 +184,14 @@ def test_loss_on_captured_outputs_trains_the_layer_below(block):
     assert first.weight_quantizer.steps["4"].grad is None
 
 
-def naive_idm(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> float:
+def naive_idm(distorted: dict[str, Tensor]) -> float:
     """Sum over layers of the mean over elements of the squared difference."""
     total = 0.0
-    for name, output in outputs.items():
+    for differences in distorted.values():
         squares = 0.0
-        for y, t in zip(output.flatten().tolist(), targets[name].flatten().tolist(), strict=True):
-            squares += (y - t) ** 2
-        total += squares / output.numel()
+        for d in differences.flatten().tolist():
+            squares += d**2
+        total += squares / differences.numel()
     return total
 
 
@@ -178,26 +202,27 @@ shapes = st.tuples(*[st.integers(1, 3)] * 4)
 @given(st.dictionaries(st.sampled_from("abcd"), shapes, min_size=1), st.integers(0, 999))
 def test_idm_loss_is_the_sum_of_mean_squared_errors(shape_of, seed):
     generator = torch.Generator().manual_seed(seed)
-    outputs, targets = (
-        {
-            name: torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-            for name, shape in shape_of.items()
-        }
-        for _ in range(2)
-    )
-    others = {"a layer that is not mended": torch.zeros(1)}
-    loss = idm_loss(outputs, targets | others)
-    assert loss.item() == pytest.approx(naive_idm(outputs, targets), rel=1e-12)
+    distorted = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for name, shape in shape_of.items()
+    }
+    loss = idm_loss(distorted)
+    assert loss.item() == pytest.approx(naive_idm(distorted), rel=1e-12)
     loss.backward()
-    for name, y in outputs.items():
-        expected = 2 * (y - targets[name]) / y.numel()
-        torch.testing.assert_close(y.grad, expected.detach())
-        assert targets[name].grad is None
+    for d in distorted.values():
+        torch.testing.assert_close(d.grad, 2 * d.detach() / d.numel())
+
+
+def test_without_distortion_neither_loss_nor_gradient():
+    d = torch.zeros(2, 3, requires_grad=True)
+    loss = idm_loss({"a": d})
+    loss.backward()
+    assert loss.item() == 0 and not d.grad.any()
 
 
 def test_idm_needs_a_layer():
     with pytest.raises(ValueError, match="at least one"):
-        idm_loss({}, {"a": torch.zeros(1)})
+        idm_loss({})
 
 
 def grid_layer(weights: Tensor, steps: dict[int, float]) -> QuantLinear:
