@@ -1,7 +1,7 @@
 """One-shot mixed-precision quantization: train once, search bit-widths by inference alone."""
 
 from . import data, models, plots, report
-from .checkpoint import load_weights, save_weights
+from .checkpoint import load_weights, remembered, save_weights
 from .cost import bitops, check_budget, model_size
 from .evaluation import evaluate, recalibrate, select_device
 from .one_shot import one_shot_gradients
@@ -26,6 +26,7 @@ __all__ = [
     "one_shot_gradients",
     "plots",
     "recalibrate",
+    "remembered",
     "report",
     "sample",
     "save_weights",

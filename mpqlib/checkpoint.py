@@ -29,6 +29,21 @@ def save_json(path: Path, value: object) -> None:
     save_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 
+def remembered(path: Path, about: Mapping, compute: Callable[[], object]) -> object:
+    """What `compute` returned when it was last asked, or returns now: a value that JSON can hold.
+
+    So a study of many runs goes on where it stopped. Raises ValueError where `path` holds the value
+    of other settings than `about`.
+    """
+    path, about = Path(path), json.loads(json.dumps(dict(about)))
+    if not path.exists():
+        save_json(path, {"about": about, "value": compute()})
+    kept = json.loads(path.read_text())
+    if kept["about"] != about:
+        raise ValueError(f"{path} holds a result of {kept['about']}: keep to that, or remove it")
+    return kept["value"]
+
+
 def save_state(path: Path, state: Mapping) -> None:
     """Writes nested dicts and lists of tensors, numbers and strings, atomically."""
     save_atomically(path, lambda part: torch.save(dict(state), part))

@@ -74,7 +74,9 @@ def _digits(root: Path, download: bool) -> tuple[Source, None]:
 
 def _torchvision(
     dataset: type, parts: Sequence[dict], labels: str, root: Path, download: bool
-) -> list[Source]:
+) -> Sequence[Source]:
+    if (root / "train").is_dir():  # as image files, one folder a class, which some mirrors offer
+        return _folder(root, download)
     try:
         read = [dataset(root, download=download, **part) for part in parts]
     except RuntimeError as error:  # what torchvision raises where files are missing

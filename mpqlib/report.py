@@ -177,7 +177,7 @@ def save_run(
     metrics: pd.DataFrame,
     source: Mapping,
     figures: Mapping[str, Figure],
-    **documents: Mapping,
+    **documents: object,
 ) -> None:
     """Writes parameters.yaml, metrics.csv, provenance.json (`source`), figures as PNG and
     `documents` as JSON into `folder`, each atomically."""

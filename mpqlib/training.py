@@ -1,7 +1,7 @@
 """One-shot training: one loop for the float start and for the supernet."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,13 +204,14 @@ def train(
     about: Mapping | None = None,
     workers: int = 0,
     label: str = "training",
+    watch: Callable[[Run], object] | None = None,
 ) -> tuple[nn.Module, list[dict]]:
     """Trains a float model, or a Supernet one-shot; returns its averaged copy and a row an epoch.
 
     `dataset`: items (image (C, H, W), label). `checkpoint`: written after every epoch; where it
     exists, training goes on from it, to the same numbers bit for bit (CPU). `about`: what else must
-    agree with it, such as the names of model and data. Raises ValueError for a checkpoint of
-    another configuration or fewer images than one batch.
+    agree with it, such as the names of model and data. `watch`: called after every step. Raises
+    ValueError for a checkpoint of another configuration or fewer images than one batch.
     """
     if not (steps := len(dataset) // config.batch_size):
         raise ValueError(f"batch_size={config.batch_size}: at most the {len(dataset)} images here")
@@ -235,6 +236,8 @@ def train(
                 run.set_learning_rate(epoch + (step + 0.5) / steps)
                 x = x.to(device, memory_format=torch.channels_last)
                 losses.append(update(run, x, y.to(device)))
+                if watch:
+                    watch(run)
         row |= {key: float(sum(loss[key] for loss in losses) / steps) for key in losses[0]}
         run.average.copy_buffers(model)
         run.history.append(row | {"seconds": time.perf_counter() - started})

@@ -33,7 +33,14 @@ LINE = [
     "report",
 ]
 LEAVES = ["data", "models"]  # import nothing of ours
-STUDIES = ["regression", "cora", "width", "benchmark"]  # beside the line: imported by nobody
+STUDIES = [
+    "regression",
+    "probes",
+    "cora",
+    "width",
+    "benchmark",
+    "claims",
+]  # beside the line: imported by nobody
 
 MODULES = sorted((ROOT / "mpqlib").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
