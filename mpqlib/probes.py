@@ -1,0 +1,243 @@
+"""Looks inside a supernet: latent weights while it trains, and layers' outputs at few bits."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from scipy.spatial.distance import jensenshannon
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .distortion import reading
+from .evaluation import recalibrate
+from .layers import QuantLinear
+from .plots import COLOURS
+from .quantizer import integer_range
+from .supernet import Supernet
+from .training import Run
+
+ARMS = sns.color_palette("colorblind")[1:]  # none is a colour of a bit-width
+
+
+def choosing(supernet: Supernet) -> list[str]:
+    """Names of the layers that have more than one weight bit-width to choose from."""
+    return [info.name for info in supernet.table if len(info.candidates.weight) > 1]
+
+
+# Latent weights (RFQuant, arXiv 2401.01543, Fig. 2)
+
+
+def pointwise(supernet: Supernet) -> list[str]:
+    """Names of the point-wise convolutions (1x1, in one group) that choose their bits."""
+    ops = {name: supernet.layers[name].op for name in choosing(supernet)}
+    convs = {name: op for name, op in ops.items() if isinstance(op, nn.Conv2d)}
+    return [name for name, op in convs.items() if op.kernel_size == (1, 1) and op.groups == 1]
+
+
+def grid_points(layer: QuantLinear, bits: int) -> Tensor:
+    """The integers round(clip(w / s)) that a layer's latent weights have at `bits`, int8."""
+    v = layer.op.weight.detach() / layer.weight_quantizer.step(bits).detach()
+    return v.clamp_(*integer_range(bits, signed=True)).round_().to(torch.int8)
+
+
+class LatentProbe:
+    """Watches latent weights: `train(..., watch=probe)` adds a row per step, layer and bit-width.
+
+    `names`: layers; `bits`: bit-widths, 8 at most. A row's `distance` is ||w - w_hat|| / ||w||, and
+    its `flips` the share of weights whose integer is not what it was after the previous step.
+    """
+
+    def __init__(self, names: Iterable[str], bits: Iterable[int]):
+        self.names, self.bits = list(names), list(bits)
+        self.rows: list[dict] = []
+        self._last: dict[tuple[str, int], Tensor] = {}
+        self._steps = 0
+
+    @torch.no_grad()
+    def __call__(self, run: Run) -> None:
+        layers = run.model.layers
+        for name in self.names:
+            weight, norm = layers[name].op.weight, layers[name].op.weight.norm()
+            for bits in self.bits:
+                points = grid_points(layers[name], bits)
+                step = layers[name].weight_quantizer.step(bits)
+                row = {"step": self._steps, "layer": name, "bits": bits}
+                row["distance"] = float((weight - points * step).norm() / norm)
+                before = self._last.get((name, bits), points)
+                row["flips"] = float((points != before).float().mean())
+                self._last[name, bits] = points
+                self.rows.append(row)
+        self._steps += 1
+
+
+def roughness(values: Sequence[float]) -> float:
+    """Standard deviation about the straight line through `values`: a drift is no oscillation."""
+    x = np.arange(len(values))
+    return float(np.std(values - np.polyval(np.polyfit(x, values, 1), x)))
+
+
+def late_half(series: pd.DataFrame) -> pd.DataFrame:
+    """Per layer and bit-width, over the last half of the steps of a LatentProbe's rows.
+
+    `distance` and `flips` are means, `spread` is the roughness of the distance.
+    """
+    late = series[series["step"] > series["step"].max() / 2].sort_values("step")
+    by = late.groupby(["layer", "bits"], sort=False)
+    columns = dict(distance=("distance", "mean"), spread=("distance", roughness))
+    return by.agg(**columns, flips=("flips", "mean")).reset_index()
+
+
+# Outputs at few bits (Fig. 3 and 4)
+
+
+def jensen_shannon(a: Tensor, b: Tensor, bins: int = 200) -> float:
+    """Jensen-Shannon distance of two samples, 0 to 1 (the root of the divergence in bits).
+
+    By histograms over the central 99.8% of both together; the end bins take what lies beyond.
+    """
+    a, b = a.double().flatten().numpy(), b.double().flatten().numpy()
+    low, high = np.quantile(np.concatenate([a, b]), [0.001, 0.999])
+    edges = np.linspace(low, high, bins + 1)
+    counts = [np.histogram(values.clip(low, high), edges)[0] for values in (a, b)]
+    return float(jensenshannon(*counts, base=2))
+
+
+def wasserstein(a: Tensor, b: Tensor) -> float:
+    """Wasserstein-1 distance of two samples of one size, in the units of both.
+
+    With as many values on either side, the best transport pairs them by rank.
+    """
+    a, b = (values.double().flatten().sort().values for values in (a, b))
+    return float((a - b).abs().mean())
+
+
+def output_distances(low: Mapping[str, Tensor], high: Mapping[str, Tensor]) -> list[dict]:
+    """A row per layer on how its outputs `low` differ from `high`, of the same images.
+
+    `js`: Jensen-Shannon distance; `wasserstein`, and `rms` of the difference value by value, in
+    standard deviations of `high`, so that layers compare.
+    """
+    rows = []
+    for name, b in high.items():
+        a, std = low[name], float(b.std())
+        row = {"layer": name, "js": jensen_shannon(a, b), "wasserstein": wasserstein(a, b) / std}
+        rows.append(row | {"rms": float((a - b).square().mean().sqrt()) / std})
+    return rows
+
+
+def sampled(values: Tensor, size: int = 200_000) -> Tensor:
+    """All of `values` as a vector, or `size` drawn from them, from the same places every time."""
+    flat = values.flatten()
+    if flat.numel() <= size:
+        return flat.cpu()
+    places = torch.randint(flat.numel(), (size,), generator=torch.Generator().manual_seed(0))
+    return flat.cpu()[places]
+
+
+def outputs_at(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]:
+    """Outputs (after the norm) of the layers that choose their bits, at uniform `bits`, sampled."""
+    read = reading(supernet.layers, choosing(supernet), lambda name, y: sampled(y.detach()))
+    with torch.no_grad(), read as outputs:
+        supernet.eval()(x, supernet.uniform(bits))
+    return outputs
+
+
+def compare_outputs(
+    supernet: Supernet,
+    x: Tensor,
+    calibration: Dataset,
+    low: int = 2,
+    high: int = 6,
+    device: str | torch.device = "cpu",
+) -> tuple[list[dict], dict[int, dict[str, Tensor]]]:
+    """`output_distances` between uniform `low` and `high` bits, and the outputs by bit-width.
+
+    x: images (N, C, H, W). The norms of both are recalibrated on `calibration` first.
+    """
+    outputs = {}
+    for bits in (low, high):
+        recalibrate(supernet, calibration, supernet.uniform(bits), device=device)
+        outputs[bits] = outputs_at(supernet, x.to(device), bits)
+    return output_distances(outputs[low], outputs[high]), outputs
+
+
+def outputs_alone(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]:
+    """Like `outputs_at`, but each layer alone has `bits`, on what it reads in the float network.
+
+    Its norm takes the statistics of this batch.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str, layer: QuantLinear, args: tuple, output: Tensor) -> None:
+        layer.bits = config[name]
+        layer.active_norm.train()
+        found[name] = sampled(layer.forward(*args))  # not layer(...), which would call this hook
+        layer.active_norm.eval()
+        layer.bits = None
+
+    config, layers = supernet.uniform(bits), supernet.layers
+    names = choosing(supernet)
+    handles = [layers[name].register_forward_hook(partial(hook, name)) for name in names]
+    try:
+        with torch.no_grad():
+            supernet.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def photographs(
+    image_size: int, mean: Sequence[float], std: Sequence[float], across: int = 8, down: int = 4
+) -> Tensor:
+    """Overlapping crops of scikit-learn's two photographs, normalised: (N, 3, size, size)."""
+    crops = []
+    for photograph in load_sample_images().images:  # (427, 640, 3) each, 0 to 255
+        pixels = torch.tensor(photograph).permute(2, 0, 1) / 255  # HWC -> CHW
+        rows, columns = (n - image_size for n in pixels.shape[1:])
+        for top in np.linspace(0, rows, down, dtype=int):
+            for left in np.linspace(0, columns, across, dtype=int):
+                crops.append(pixels[:, top : top + image_size, left : left + image_size])
+    shape = (3, 1, 1)  # per channel
+    return (torch.stack(crops) - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+# Pictures
+
+
+def densities(panels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """Densities of a layer's outputs by bit-width, a panel per key of `panels`."""
+    size = (3.4 * len(panels), 3.2)
+    style = dict(sharex=True, sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, **style)
+    every = np.concatenate([v for by_bits in panels.values() for v in by_bits.values()])
+    low, high = np.percentile(every, [0.2, 99.8])
+    for axis, (title, by_bits) in zip(axes[0], panels.items(), strict=True):
+        for bits, values in by_bits.items():
+            style = dict(color=COLOURS[bits], fill=True, alpha=0.35, label=f"{bits} bits")
+            sns.kdeplot(np.asarray(values), bw_adjust=0.6, **style, ax=axis)
+        axis.set(title=title, xlabel="output after the norm", ylabel="density", xlim=(low, high))
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def distances_by_layer(metrics: pd.DataFrame) -> Figure:
+    """Both distances of every layer's outputs at few bits, arms apart, 95% intervals over seeds."""
+    size = (max(6, 2 + 0.4 * metrics["layer"].nunique()), 5.4)
+    figure, axes = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
+    arms = metrics["arm"].nunique()
+    labels = {"js": "Jensen-Shannon (0 to 1)", "wasserstein": "Wasserstein (std of high bits)"}
+    for axis, (value, label) in zip(axes, labels.items(), strict=True):
+        style = dict(hue="arm", palette=ARMS[:arms], errorbar=("ci", 95), seed=0, ax=axis)
+        style |= dict(dodge=0.4 * (arms > 1), markersize=4, linestyle="none", linewidth=1.5)
+        sns.pointplot(metrics, x="layer", y=value, legend=axis is axes[0], **style)
+        axis.set(xlabel="layer, from input to output", ylabel=label, ylim=(0, None))
+        axis.tick_params(axis="x", rotation=90)
+    sns.move_legend(axes[0], "best", title=None, frameon=False)
+    return figure
