@@ -132,10 +132,10 @@ def output_distances(low: Mapping[str, Tensor], high: Mapping[str, Tensor]) -> l
 
 
 def sampled(values: Tensor, size: int = 200_000) -> Tensor:
-    """All of `values` as a vector, or `size` drawn from them, from the same places every time."""
+    """A copy of `values` as a vector, or of `size` of them, from the same places every time."""
     flat = values.flatten()
     if flat.numel() <= size:
-        return flat.cpu()
+        return flat.clone().cpu()  # a view would change with what follows in place
     places = torch.randint(flat.numel(), (size,), generator=torch.Generator().manual_seed(0))
     return flat.cpu()[places]
 
@@ -229,15 +229,17 @@ def densities(panels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
 
 def distances_by_layer(metrics: pd.DataFrame) -> Figure:
     """Both distances of every layer's outputs at few bits, arms apart, 95% intervals over seeds."""
-    size = (max(6, 2 + 0.4 * metrics["layer"].nunique()), 5.4)
-    figure, axes = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
+    size = (8, 1.5 + 0.2 * metrics["layer"].nunique())
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    labels = {"js": "Jensen-Shannon distance (0 to 1)", "wasserstein": "Wasserstein distance (std)"}
     arms = metrics["arm"].nunique()
-    labels = {"js": "Jensen-Shannon (0 to 1)", "wasserstein": "Wasserstein (std of high bits)"}
+    style = dict(hue="arm", palette=ARMS[:arms], errorbar=("ci", 95), seed=0, linestyle="none")
+    style |= dict(dodge=0.5 * (arms > 1), markersize=4, linewidth=1.5)
     for axis, (value, label) in zip(axes, labels.items(), strict=True):
-        style = dict(hue="arm", palette=ARMS[:arms], errorbar=("ci", 95), seed=0, ax=axis)
-        style |= dict(dodge=0.4 * (arms > 1), markersize=4, linestyle="none", linewidth=1.5)
-        sns.pointplot(metrics, x="layer", y=value, legend=axis is axes[0], **style)
-        axis.set(xlabel="layer, from input to output", ylabel=label, ylim=(0, None))
-        axis.tick_params(axis="x", rotation=90)
-    sns.move_legend(axes[0], "best", title=None, frameon=False)
+        sns.pointplot(metrics, x=value, y="layer", **style, ax=axis, legend=axis is axes[0])
+        axis.set(xlabel=label, ylabel="layer, from input to output", xlim=(0, None))
+        axis.grid(axis="y", linewidth=0.3)
+    axes[0].get_legend().remove()
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, ncols=arms, loc="outside upper center", frameon=False)
     return figure
