@@ -57,23 +57,21 @@ class LatentProbe:
         self.names, self.bits = list(names), list(bits)
         self.rows: list[dict] = []
         self._last: dict[tuple[str, int], Tensor] = {}
-        self._steps = 0
 
     @torch.no_grad()
     def __call__(self, run: Run) -> None:
-        layers = run.model.layers
+        layers, taken = run.model.layers, len(self.rows) // (len(self.names) * len(self.bits))
         for name in self.names:
             weight, norm = layers[name].op.weight, layers[name].op.weight.norm()
             for bits in self.bits:
                 points = grid_points(layers[name], bits)
                 step = layers[name].weight_quantizer.step(bits)
-                row = {"step": self._steps, "layer": name, "bits": bits}
+                row = {"step": taken, "layer": name, "bits": bits}
                 row["distance"] = float((weight - points * step).norm() / norm)
                 before = self._last.get((name, bits), points)
                 row["flips"] = float((points != before).float().mean())
                 self._last[name, bits] = points
                 self.rows.append(row)
-        self._steps += 1
 
 
 def roughness(values: Sequence[float]) -> float:
@@ -109,10 +107,7 @@ def jensen_shannon(a: Tensor, b: Tensor, bins: int = 200) -> float:
 
 
 def wasserstein(a: Tensor, b: Tensor) -> float:
-    """Wasserstein-1 distance of two samples of one size, in the units of both.
-
-    With as many values on either side, the best transport pairs them by rank.
-    """
+    """Wasserstein-1 distance of two samples of one size: the best transport pairs them by rank."""
     a, b = (values.double().flatten().sort().values for values in (a, b))
     return float((a - b).abs().mean())
 
@@ -243,3 +238,12 @@ def distances_by_layer(metrics: pd.DataFrame) -> Figure:
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, ncols=arms, loc="outside upper center", frameon=False)
     return figure
+
+
+def over_steps(series: pd.DataFrame, value: str, label: str) -> Figure:
+    """Column `value` of a LatentProbe's rows over training, a panel per layer, arms by line."""
+    style = dict(x="step", y=value, hue="bits", palette=COLOURS, style="arm", errorbar=("ci", 95))
+    panels = dict(col="layer", kind="line", height=3.4, aspect=1.25)
+    grid = sns.relplot(series, seed=0, **style, **panels)
+    grid.set(xlabel="training step", ylabel=label, ylim=(0, None)).set_titles("{col_name}")
+    return grid.figure
