@@ -2,8 +2,8 @@
 
 from . import data, models, plots, report
 from .checkpoint import load_weights, remembered, save_weights
-from .cost import bitops, check_budget, model_size
-from .evaluation import evaluate, recalibrate, select_device
+from .cost import bitops, bitops_at, check_budget, model_size
+from .evaluation import decoded, evaluate, recalibrate, select_device
 from .one_shot import one_shot_gradients
 from .search import batch_error, greedy
 from .supernet import BitConfig, Supernet, largest, sample, smallest
@@ -15,8 +15,10 @@ __all__ = [
     "TrainConfig",
     "batch_error",
     "bitops",
+    "bitops_at",
     "check_budget",
     "data",
+    "decoded",
     "evaluate",
     "greedy",
     "largest",

@@ -7,8 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import seaborn as sns
 from IPython.display import Markdown
+from matplotlib.figure import Figure
 from scipy.stats import ttest_1samp
 
 from .checkpoint import save_atomically
@@ -83,6 +87,37 @@ def assess(metrics: pd.DataFrame, claim: Claim) -> Assessment:
         low, high = map(float, ttest_1samp(differences, 0).confidence_interval(0.95))
     verdict = status(mean, low, high, n, claim.sign)
     return Assessment(*map(float, values.mean()), mean, low, high, n, verdict)
+
+
+def differences(metrics: pd.DataFrame, value: str, base: str, by: str) -> pd.DataFrame:
+    """Every other arm against `base` for every entry of the column `by`: one assessment a row."""
+    arms = [arm for arm in metrics["arm"].unique() if arm != base]
+    claims = {
+        (arm, entry): Claim("", value, arm, base, 1, where={by: entry})
+        for entry in metrics[by].unique()
+        for arm in arms
+    }
+    return pd.DataFrame(
+        {"compared": arm, by: entry} | assess(metrics, claim)._asdict()
+        for (arm, entry), claim in claims.items()
+    )
+
+
+def difference_plot(differences: pd.DataFrame, by: str, label: str) -> Figure:
+    """Paired differences with their 95% intervals, one colour an arm; `label`: of their axis."""
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    arms, entries = (list(differences[column].unique()) for column in ("compared", by))
+    for i, (arm, colour) in enumerate(zip(arms, sns.color_palette("colorblind"), strict=False)):
+        part = differences[differences["compared"] == arm].set_index(by).loc[entries]
+        places = np.arange(len(entries)) + 0.2 * (i - (len(arms) - 1) / 2)
+        spread = [part["difference"] - part["low"], part["high"] - part["difference"]]
+        style = dict(fmt="o", capsize=3, color=colour, label=arm)
+        axis.errorbar(places, part["difference"], spread, **style)
+    axis.axhline(0, color="0.6", linewidth=1)
+    axis.set_xticks(range(len(entries)), entries)
+    axis.set(xlabel=by, ylabel=label)
+    figure.legend(frameon=False, ncols=len(arms), loc="outside upper center")
+    return figure
 
 
 def row(metrics: pd.DataFrame, claim: Claim, about: str = "") -> list[str]:

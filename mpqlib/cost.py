@@ -19,6 +19,18 @@ def bitops(table: Sequence[LayerInfo], config: Mapping[str, Bits]) -> int:
     return sum(layer_bitops(info, config[info.name]) for info in table)
 
 
+def bitops_at(table: Sequence[LayerInfo], bits: float) -> float:
+    """BitOPs per image were every layer with a choice at `bits`, a real number: a budget's level.
+
+    2.5 lies between the uniform 2-bit and 3-bit configurations as 2.5 x 2.5 does between 4 and 9.
+    """
+
+    def level(offered: tuple[int, ...]) -> float:
+        return bits if len(offered) > 1 else offered[0]
+
+    return bitops(table, {i.name: Bits(*map(level, i.candidates)) for i in table})
+
+
 def model_size(table: Sequence[LayerInfo], config: Mapping[str, Bits]) -> float:
     """Size in MB (10^6 bytes) of the weights of convolutions and linears."""
     return sum(info.weights * config[info.name].weight for info in table) / 8e6

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from .layers import QuantConvBN
 from .supernet import BitConfig, Supernet
@@ -21,6 +21,11 @@ def select_device(name: str = "auto") -> torch.device:
     if name.split(":")[0] not in allowed:
         raise ValueError(f"device={name!r} is not available here: one of {allowed}")
     return found if name == "auto" else torch.device(name)
+
+
+def decoded(dataset: Dataset) -> TensorDataset:
+    """The items (image, label) of `dataset` as tensors in memory, to be read many times."""
+    return TensorDataset(*next(iter(DataLoader(dataset, len(dataset)))))
 
 
 class Evaluation(NamedTuple):

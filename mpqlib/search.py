@@ -16,6 +16,7 @@ from .layers import Bits, Candidates
 from .supernet import BitConfig, LayerInfo, Supernet, largest
 
 Error = Callable[[BitConfig], float]
+ALPHA = 1.5  # weight of the error in the paper's score (RFQuant's release)
 
 
 @dataclass(frozen=True)
@@ -109,26 +110,43 @@ class Errors:
         return after if move in self.fresh else self.now.error + after - before
 
 
-def best_move(costs: Mapping[Move, int], errors: Errors, alpha: float, exact: bool) -> Move:
-    """The move with the least alpha * (normalised error) + (normalised BitOPs).
+def paper_scores(errors: Sequence[float], costs: Sequence[int], now: Step) -> list[float]:
+    """1.5 * (normalised error) + (normalised BitOPs) after each move (RFQuant)."""
+    terms = zip(normalised(errors), normalised(costs), strict=True)
+    return [ALPHA * error + cost for error, cost in terms]
+
+
+def ratio_scores(errors: Sequence[float], costs: Sequence[int], now: Step) -> list[float]:
+    """Error that each move adds per BitOPs it saves; a move up gains that much per BitOPs spent."""
+    return [
+        (error - now.error) / (now.bitops - cost) for error, cost in zip(errors, costs, strict=True)
+    ]
+
+
+RULES = {"paper": paper_scores, "ratio": ratio_scores}
+
+
+def best_move(costs: Mapping[Move, int], errors: Errors, rule: str, exact: bool) -> Move:
+    """The move with the least score by `rule`, one of RULES.
 
     `costs`: BitOPs after each move. Measured are moves never seen, and then the best until it is a
     fresh one; with `exact`, all of them.
     """
     for move in costs:
-        if exact or move not in errors.known:
+        if move not in errors.fresh and (exact or move not in errors.known):
             errors.measure(move)
     while True:
-        terms = zip(
-            normalised([errors[move] for move in costs]),
-            normalised(list(costs.values())),
-            strict=True,
-        )
-        scores = [alpha * error + cost for error, cost in terms]
+        after = [errors[move] for move in costs]
+        scores = RULES[rule](after, list(costs.values()), errors.now)
         best = list(costs)[scores.index(min(scores))]
         if best in errors.fresh:
             return best
         errors.measure(best)
+
+
+def dominated(path: Sequence[Step], error: float, cost: int) -> bool:
+    """Whether a step has at most this error at no more than this cost in BitOPs."""
+    return any(step.error <= error and step.bitops <= cost for step in path)
 
 
 def greedy(
@@ -136,41 +154,51 @@ def greedy(
     error: Error,
     budget: float,
     *,
-    alpha: float = 1.5,
+    rule: str = "paper",
+    up: bool = True,
+    weights_first: bool = True,
     start: BitConfig | None = None,
     exact: bool = False,
 ) -> list[Step]:
     """Bidirectional greedy search (RFQuant, arXiv 2401.01543): the path from `start` to the budget.
 
-    Each step tries every layer one candidate up and one down and takes the best move by
-    `best_move`. A move up must lead to a configuration not visited before, so that the search ends.
-    Weights move first, until `weight_target`; then activations; then both, should the budget not
-    hold yet. `budget`: BitOPs per image. `start`: the largest bits if None. `exact`: measure every
-    move at every step, as the paper does, at many times the cost. The last step is the result.
-    Raises ValueError for a budget below the smallest bits.
+    Each step tries every layer one candidate down and, with `up`, one up, and takes the best move
+    by `rule`, one of RULES. A move up must lead to a configuration that none on the path dominates,
+    with no more error at no more BitOPs: so the search does not wander, and it ends.
+    `weights_first`: weights move until `weight_target`, then activations, then both, should the
+    budget not hold yet; else both from the start. `budget`: BitOPs per image. `start`: the largest
+    bits if None. `exact`: measure every move at every step, as the paper does, at many times the
+    cost. The last step is the result. Raises ValueError for an unknown rule, or a budget below the
+    smallest bits.
     """
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is not allowed: one of {list(RULES)}")
     table, candidates = supernet.table, supernet.candidates
     config = start or largest(candidates)
     path = [Step(config, error(config), bitops(table, config))]
-    visited, errors = {config}, Errors(error, path[0])
-    halfway = weight_target(table, config, budget)
-    phases = {("weight",): halfway, ("act",): budget, ("weight", "act"): budget}
+    errors = Errors(error, path[0])
+    phases = {("weight", "act"): budget}
+    if weights_first:
+        phases = {("weight",): weight_target(table, config, budget), ("act",): budget} | phases
     with tqdm(desc="search", unit=" steps", leave=False) as bar:
         for parts, target in phases.items():
             while (now := path[-1]).bitops > target:
                 errors.now, errors.fresh = now, set()
-                costs = {}
-                for move in moves(now.config, candidates, parts):
-                    config = now.config.replace(move.layer, move.after)
-                    cost = bitops(table, config)
-                    if cost < now.bitops or config not in visited:
-                        costs[move] = cost
+                costs = {
+                    move: cost
+                    for move in moves(now.config, candidates, parts)
+                    if (cost := bitops(table, now.config.replace(move.layer, move.after)))
+                    < now.bitops
+                    or up
+                }
                 if all(cost >= now.bitops for cost in costs.values()):
                     break
-                best = best_move(costs, errors, alpha, exact)
+                best = best_move(costs, errors, rule, exact)
+                while costs[best] > now.bitops and dominated(path, errors[best], costs[best]):
+                    del costs[best]
+                    best = best_move(costs, errors, rule, exact)
                 config = now.config.replace(best.layer, best.after)
                 path.append(Step(config, errors[best], costs[best]))
-                visited.add(config)
                 bar.update()
                 bar.set_postfix_str(f"{costs[best] / 1e9:.3f} of {budget / 1e9:.3f} G BitOPs")
     if path[-1].bitops > budget:

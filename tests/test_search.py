@@ -34,6 +34,17 @@ class Stand:
             for bits in itertools.product(*choices)
         ]
 
+    def neighbours(self, config):
+        """All configurations one candidate up or down from `config` in one place."""
+        for other in self.every():
+            apart = [(n, k) for n in config for k in (0, 1) if other[n][k] != config[n][k]]
+            if len(apart) == 1:
+                name, kind = apart[0]
+                offered = self.candidates[name][kind]
+                steps = offered.index(other[name][kind]) - offered.index(config[name][kind])
+                if abs(steps) == 1:
+                    yield other
+
 
 def made_up_error(seed):
     """An error that falls with bits, layer by layer at random rates, with some interaction."""
@@ -50,7 +61,7 @@ def made_up_error(seed):
     return error
 
 
-def literal_greedy(stand, error, budget, alpha):
+def literal_greedy(stand, error, budget):
     """The rule read word by word, on plain dicts, every quantity computed anew."""
 
     def cost(bits):
@@ -66,7 +77,7 @@ def literal_greedy(stand, error, budget, alpha):
         if len(i.candidates.weight) == len(i.candidates.act) == 1
     )
     half_way = fixed + (max(budget - fixed, 0) * (cost(bits) - fixed)) ** 0.5
-    seen, path = [dict(bits)], [dict(bits)]
+    path = [dict(bits)]
     for kinds, target in (([0], half_way), ([1], budget), ([0, 1], budget)):
         while cost(bits) > target:
             tries = []
@@ -79,38 +90,44 @@ def literal_greedy(stand, error, budget, alpha):
                             pair = list(bits[info.name])
                             pair[kind] = offered[other]
                             changed = {**bits, info.name: tuple(pair)}
-                            if cost(changed) < cost(bits) or changed not in seen:
-                                tries.append(changed)
+                            tries.append(changed)
             if not [t for t in tries if cost(t) < cost(bits)]:
                 break
-            errors, costs = [value(t) for t in tries], [cost(t) for t in tries]
 
             def scale(v, all_of_them):
                 low, high = min(all_of_them), max(all_of_them)
                 return (v - low) / (high - low) if high > low else 0.0
 
-            scores = [
-                alpha * scale(e, errors) + scale(c, costs)
-                for e, c in zip(errors, costs, strict=True)
-            ]
-            bits = tries[scores.index(min(scores))]
-            seen.append(dict(bits))
+            while True:
+                errors, costs = [value(t) for t in tries], [cost(t) for t in tries]
+                scores = [
+                    1.5 * scale(e, errors) + scale(c, costs)
+                    for e, c in zip(errors, costs, strict=True)
+                ]
+                best = tries[scores.index(min(scores))]
+                met = [value(p) <= value(best) and cost(p) <= cost(best) for p in path]
+                if cost(best) <= cost(bits) or not any(met):  # up, only to what is new
+                    break
+                tries.remove(best)
+            bits = best
             path.append(dict(bits))
     return path
 
 
 OFFERS = [((2, 3, 4, 5, 6),) * 2, ((3, 4, 5, 6),) * 2, ((2, 4), (3, 6)), ((8,), (8,))]
+SMALL = st.tuples(st.integers(1, 50), st.sampled_from([((2, 3, 4),) * 2, ((2, 4), (3, 6))]))
+SMALL_STANDS = st.lists(SMALL, min_size=1, max_size=2)
 STANDS = st.lists(st.tuples(st.integers(1, 50), st.sampled_from(OFFERS)), min_size=2, max_size=5)
 
 
 @settings(max_examples=60, deadline=None)
-@given(STANDS, st.integers(0, 999), st.floats(0, 1), st.sampled_from([0.5, 1.5, 5.0]))
-def test_greedy_is_its_literal_rule_and_keeps_the_budget(layers, seed, share, alpha):
+@given(STANDS, st.integers(0, 999), st.floats(0, 1))
+def test_greedy_is_its_literal_rule_and_keeps_the_budget(layers, seed, share):
     stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
     ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
     budget = ends[0] + share * (ends[1] - ends[0])
-    path = greedy(stand, error, budget, alpha=alpha, exact=True)
-    literal = literal_greedy(stand, error, budget, alpha)
+    path = greedy(stand, error, budget, exact=True)
+    literal = literal_greedy(stand, error, budget)
     assert [dict(step.config) for step in path] == literal
     assert path[-1].bitops <= budget
     for step in path:
@@ -170,6 +187,30 @@ def test_fast_search_takes_the_exact_decisions_where_moves_do_not_interact():
     exact = greedy(stand, lambda c: calls.append(c) or error(c), budget, exact=True)
     assert [s.config for s in fast] == [s.config for s in exact]
     assert measured < (len(calls) - measured) / 2
+
+
+@settings(max_examples=20, deadline=None)
+@given(SMALL_STANDS, st.integers(0, 999), st.floats(0, 1))
+def test_ratio_downwards_is_its_literal_rule(layers, seed, share):
+    stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
+    ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
+    budget = ends[0] + share * (ends[1] - ends[0])
+    options = dict(rule="ratio", up=False, weights_first=False)
+    path = greedy(stand, error, budget, exact=True, **options)
+    assert path[-1].bitops <= budget
+    for a, b in itertools.pairwise(path):
+        best = min(
+            (error(c) - a.error) / (a.bitops - cost)
+            for c in stand.neighbours(a.config)
+            if (cost := bitops(stand.table, c)) < a.bitops
+        )
+        assert (b.error - a.error) / (a.bitops - b.bitops) == pytest.approx(best)
+    assert greedy(stand, error, budget, **options)[-1].bitops <= budget
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="rule='best' is not allowed"):
+        greedy(Stand((5,), [((2, 3),) * 2]), made_up_error(0), 1e9, rule="best")
 
 
 def test_moves_are_all_neighbours_in_one_bit_width():
