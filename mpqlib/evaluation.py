@@ -40,7 +40,6 @@ class Evaluation(NamedTuple):
         return float(self.correct.float().mean())
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
@@ -50,13 +49,15 @@ def evaluate(
     batch_size: int = 128,
 ) -> Evaluation:
     """Accuracy of a float model, or of a supernet at `config`, on (image, label) items."""
+    # Before inference mode, which would leave weights that cannot be trained any further.
     model = model.to(device, memory_format=torch.channels_last).eval()
     correct, loss = [], 0.0
-    for x, y in DataLoader(dataset, batch_size):
-        x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
-        logits = model(x) if config is None else model(x, config)
-        correct.append((logits.argmax(1) == y).cpu())
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+    with torch.inference_mode():
+        for x, y in DataLoader(dataset, batch_size):
+            x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
+            logits = model(x) if config is None else model(x, config)
+            correct.append((logits.argmax(1) == y).cpu())
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
     return Evaluation(torch.cat(correct), loss / len(dataset))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpqlib.cost import bitops, check_budget, layer_bitops, model_size
+from mpqlib.cost import bitops, bitops_at, check_budget, layer_bitops, model_size
 from mpqlib.layers import Bits, Candidates
 from mpqlib.supernet import BitConfig, LayerInfo, Supernet
 
@@ -186,3 +186,16 @@ def test_a_budget_in_between_needs_no_remark(budget):
 def test_a_budget_that_does_not_bind_is_remarked(budget):
     remark = check_budget(budget, 1.25, 9.5)
     assert f"bitops={budget} G" in remark and "9.500 G" in remark
+
+
+def test_a_level_is_the_uniform_configuration_s_cost_and_lies_between(supernet):
+    for b in (2, 3, 4):
+        config = {
+            name: bits if len(supernet.candidates[name].weight) == 1 else (b, b)
+            for name, bits in supernet.uniform(b).items()
+        }
+        table = {i.name: i.macs for i in supernet.table}
+        expected = sum(table[name] * w * a for name, (w, a) in config.items())
+        assert bitops_at(supernet.table, b) == expected
+    assert bitops_at(supernet.table, 2) < bitops_at(supernet.table, 2.5)
+    assert bitops_at(supernet.table, 2.5) < bitops_at(supernet.table, 3)

@@ -190,6 +190,18 @@ def test_folder_layouts(tmp_path):
         data.load("folder", tmp_path)
 
 
+def test_cifar_may_be_folders_of_images(tmp_path):
+    for part, count in (("train", 10), ("test", 3)):
+        for name in ("airplane", "bird"):
+            for i in range(count):
+                paint(tmp_path / part / name / f"{i}.png")
+    splits = data.load("cifar10", tmp_path, 32)
+    assert splits.classes == ("airplane", "bird")
+    assert [len(getattr(splits, part)) for part in PARTS] == [16, 4, 6]
+    folder = data.load("folder", tmp_path, 32)  # for photographs of any shape; CIFAR's are not
+    assert repr(folder.train.transform) != repr(splits.train.transform)
+
+
 def test_loader_shuffles_only_with_a_generator(digits):
     def batches(seed):
         generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -4,13 +4,27 @@ import pytest
 import torch
 from conftest import images
 
-from mpqlib import evaluate, recalibrate, select_device
+from mpqlib import decoded, evaluate, recalibrate, select_device
 from mpqlib.evaluation import batch_statistics
 
 
 def statistics(supernet):
     """Every batch norm's running mean and variance, by name."""
     return {k: v.clone() for k, v in supernet.state_dict().items() if "running" in k}
+
+
+def test_a_model_that_was_evaluated_can_be_trained(supernet, dataset):
+    evaluate(supernet, dataset, supernet.uniform(2))
+    x, y = dataset.tensors
+    torch.nn.functional.cross_entropy(supernet(x, supernet.uniform(2)), y).backward()
+    assert supernet.layers["pointwise"].op.weight.grad is not None
+
+
+def test_decoded_items_are_the_same_in_order(dataset):
+    kept = decoded(dataset)
+    assert len(kept) == len(dataset)
+    for (x, y), (own_x, own_y) in zip(kept, dataset, strict=True):
+        assert torch.equal(x, own_x) and y == own_y
 
 
 def test_evaluate_counts_correct_images(supernet, dataset):

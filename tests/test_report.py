@@ -10,7 +10,7 @@ import yaml
 from conftest import images
 
 from mpqlib import data, largest, load_weights, plots, report, save_weights, train
-from mpqlib.checkpoint import load_state, save_atomically, save_json, save_state
+from mpqlib.checkpoint import load_state, remembered, save_atomically, save_json, save_state
 from mpqlib.training import TrainConfig
 
 
@@ -150,6 +150,21 @@ def test_weights_come_back_with_the_signs_of_their_ranges(supernet, tmp_path, da
             layer.weight_quantizer.signed = False
     assert load_weights(tmp_path / "w.safetensors", supernet) == {"model": "tiny"}
     assert torch.equal(supernet(x, config), expected)
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path):
+    calls, file = [], tmp_path / "runs" / "seed0.json"
+
+    def compute():
+        calls.append(1)
+        return [{"seed": 0, "top1": 71.25}]
+
+    about = {"bits": (2, 3), "lr": 0.1}
+    for _ in range(2):
+        assert remembered(file, about, compute) == [{"seed": 0, "top1": 71.25}]
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match=r"seed0.json holds a result of .*'lr': 0.1"):
+        remembered(file, about | {"lr": 0.2}, compute)
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

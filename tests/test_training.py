@@ -238,6 +238,17 @@ def test_average_follows_the_weights_with_a_warmed_up_decay():
         assert average.module.weight.item() == pytest.approx(expected)
 
 
+def test_every_step_is_watched_and_changes_nothing(dataset):
+    seen, results = [], []
+    config = TrainConfig(epochs=2, batch_size=16, warmup_epochs=0)
+    for watch in (None, lambda run: seen.append((len(run.history), run.config.epochs))):
+        torch.manual_seed(0)
+        model, _ = train(TinyNet(), dataset, config, watch=watch)
+        results.append(model.state_dict())
+    assert seen == [(0, 2)] * 3 + [(1, 2)] * 3
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
 def test_average_takes_over_running_statistics():
     model = torch.nn.BatchNorm1d(3)
     average = MovingAverage(model, decay=0.5)
