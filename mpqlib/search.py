@@ -53,9 +53,9 @@ class Move(NamedTuple):
 
 
 def moves(
-    config: BitConfig, candidates: Mapping[str, Candidates], parts: Sequence[str]
+    config: BitConfig, candidates: Mapping[str, Candidates], parts: Sequence[str], up: bool = True
 ) -> Iterator[Move]:
-    """Every move one candidate up or down from `config` in one bit-width of one layer.
+    """Every move one candidate down or, with `up`, up from `config` in one bit-width of one layer.
 
     `parts`: which of a layer's bit-widths may move, "weight", "act" or both.
     """
@@ -63,7 +63,7 @@ def moves(
         for part in parts:
             offered = getattr(candidates[name], part)
             at = offered.index(getattr(bits, part))
-            for to in (at - 1, at + 1):
+            for to in (at - 1, at + 1)[: 1 + up]:
                 if 0 <= to < len(offered):
                     yield Move(name, bits, bits._replace(**{part: offered[to]}))
 
@@ -185,11 +185,8 @@ def greedy(
             while (now := path[-1]).bitops > target:
                 errors.now, errors.fresh = now, set()
                 costs = {
-                    move: cost
-                    for move in moves(now.config, candidates, parts)
-                    if (cost := bitops(table, now.config.replace(move.layer, move.after)))
-                    < now.bitops
-                    or up
+                    move: bitops(table, now.config.replace(move.layer, move.after))
+                    for move in moves(now.config, candidates, parts, up)
                 }
                 if all(cost >= now.bitops for cost in costs.values()):
                     break
