@@ -36,6 +36,7 @@ LEAVES = ["data", "models"]  # import nothing of ours
 STUDIES = [
     "regression",
     "probes",
+    "ablation",
     "cora",
     "width",
     "benchmark",
