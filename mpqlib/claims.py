@@ -81,7 +81,8 @@ def assess(metrics: pd.DataFrame, claim: Claim) -> Assessment:
     """A claim against the metrics of a run: paired t-interval over its units (scipy)."""
     values = pairs(metrics, claim)
     differences = values[claim.arm] - values[claim.base]
-    mean, n = float(differences.mean()), len(differences)
+    differences = differences.round(9)  # what rounding leaves of a zero is no direction
+    mean, n = float(differences.mean().round(9)), len(differences)
     low = high = float("nan")
     if n > 1:
         low, high = map(float, ttest_1samp(differences, 0).confidence_interval(0.95))
