@@ -108,7 +108,8 @@ def difference_plot(differences: pd.DataFrame, by: str, label: str) -> Figure:
     """Paired differences with their 95% intervals, one colour an arm; `label`: of their axis."""
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     arms, entries = (list(differences[column].unique()) for column in ("compared", by))
-    for i, (arm, colour) in enumerate(zip(arms, sns.color_palette("colorblind"), strict=False)):
+    colours = sns.color_palette("colorblind", len(arms))
+    for i, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
         part = differences[differences["compared"] == arm].set_index(by).loc[entries]
         places = np.arange(len(entries)) + 0.2 * (i - (len(arms) - 1) / 2)
         spread = [part["difference"] - part["low"], part["high"] - part["difference"]]
