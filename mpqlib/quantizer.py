@@ -26,16 +26,6 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(*in_memory_order(a, b))
 
 
-def where_inside(grad: Tensor, x: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
-    """`grad` where q_min < x / step < q_max, else 0: the gradient of hardtanh, in one pass."""
-    scale = 1.0
-    if x.device.type == "cpu":  # the bounds in units of x, as numbers, spare the division ...
-        scale = step.item()
-    else:  # ... but an accelerator would have to wait for those numbers
-        x = x / step
-    return torch.ops.aten.hardtanh_backward(grad, x, q_min * scale, q_max * scale)
-
-
 class LSQ(torch.autograd.Function):
     """Fake quantization with LSQ's gradients (arXiv 1902.08153, equations 1-3 and 5).
 
@@ -57,7 +47,8 @@ class LSQ(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, x_hat, step = ctx.saved_tensors
-        grad_x = where_inside(grad, x, step, ctx.q_min, ctx.q_max)
+        # hardtanh's gradient is the indicator of the open interval (q_min, q_max), in one pass.
+        grad_x = torch.ops.aten.hardtanh_backward(grad, x / step, ctx.q_min, ctx.q_max)
         grad_step = (inner(grad, x_hat) - inner(grad_x, x)) / step
         return grad_x, grad_step * ctx.gradient_scale, None, None, None
 

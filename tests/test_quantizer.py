@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -93,8 +93,16 @@ def test_values_and_gradients_are_those_of_the_equations(case):
     assert close_sums(grad_s, expected_s, upstream, bits)
 
 
+def at_the_bound():
+    """x / s just under q_max while x is not under q_max * s, in floating point."""
+    one = torch.tensor(1.0, dtype=torch.float64)
+    s = 1.2562465382029542
+    return torch.tensor(7 * s, dtype=torch.float64), s, 3, False, one
+
+
 @settings(deadline=None)
 @given(cases())
+@example(at_the_bound())
 def test_scaled_step_gradient_is_divided_by_root_of_count_times_largest_integer(case):
     x, s, bits, signed, upstream = case
     _, grad_x, grad_s = run_lsq(x, s, bits, signed, upstream, scaled=True)
@@ -216,8 +224,8 @@ def test_quantizer_takes_its_steps_and_its_sign_from_the_example():
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_sign_can_be_given_instead(signed):
-    for example in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 2.0])):
-        lowest = Quantizer([3], example, signed=signed)(torch.tensor([-100.0]), 3).item()
+    for first in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 2.0])):
+        lowest = Quantizer([3], first, signed=signed)(torch.tensor([-100.0]), 3).item()
         assert (lowest < 0) is signed
 
 
