@@ -5,6 +5,7 @@ from .checkpoint import load_weights, remembered, save_weights
 from .cost import bitops, bitops_at, check_budget, model_size
 from .evaluation import decoded, evaluate, recalibrate, select_device
 from .one_shot import one_shot_gradients
+from .quantizer import compile_quantizers
 from .search import batch_error, greedy
 from .supernet import BitConfig, Supernet, largest, sample, smallest
 from .training import TrainConfig, train
@@ -17,6 +18,7 @@ __all__ = [
     "bitops",
     "bitops_at",
     "check_budget",
+    "compile_quantizers",
     "data",
     "decoded",
     "evaluate",

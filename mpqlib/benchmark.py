@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import models
+from .quantizer import compile_quantizers
 from .scheduler import turbulence
 from .supernet import Supernet
 from .training import Run, TrainConfig, update
@@ -21,16 +22,20 @@ def seconds(task: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def training_step(name: str, size: int = 64, batch: int = 64, repeats: int = 5) -> list[float]:
+def training_step(
+    name: str, size: int = 64, batch: int = 64, repeats: int = 5, compile: bool = False
+) -> list[float]:
     """Ratios of a one-shot step (1 largest + 3 random passes, IDM, update) to four plain passes.
 
     One ratio per repeat; `size` in pixels. A plain pass is forward and backward of the float model
-    in the same memory format.
+    in the same memory format. `compile`: quantizers by torch.compile.
     """
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (batch,))
     plain = models.create(name, 10).to(memory_format=torch.channels_last).train()
     supernet = Supernet(models.create(name, 10), x).to(memory_format=torch.channels_last).train()
+    if compile:
+        compile_quantizers(supernet)
     run = Run.start(TrainConfig(), supernet)
     run.set_learning_rate(1)
 
@@ -60,6 +65,7 @@ def main() -> None:
     for name in parser.parse_args().models:
         rows = {
             "training step / 4 plain passes": training_step(name),
+            "the same, quantizers compiled": training_step(name, compile=True),
             "turbulence (ms)": turbulence_call(name),
         }
         for label, values in rows.items():

@@ -36,7 +36,7 @@ def optimizers_of(
             (rest if p.dim() <= 1 or id(p) in undecayed else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest}]
     sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=momentum > 0)
-    return [sgd, torch.optim.Adam(steps, lr=0.0)] if steps else [sgd]
+    return [sgd, torch.optim.Adam(steps, lr=0.0, fused=True)] if steps else [sgd]
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def decay_outside_region(supernet: Supernet, weight_decay: float) -> None:
         bits = quantizer.bits[0]
         q_min, q_max = integer_range(bits, signed=True)
         step = quantizer.step(bits)
-        outside = (weight < q_min * step) | (weight > q_max * step)
+        outside = weight.clamp(q_min * step, q_max * step) != weight
         weight.grad.add_(weight * outside, alpha=weight_decay)
 
 
@@ -73,15 +73,16 @@ class MovingAverage(nn.Module):
     def __init__(self, model: nn.Module, decay: float):
         super().__init__()
         self.module = copy.deepcopy(model)
+        self.mine, self.theirs = list(self.module.parameters()), list(model.parameters())
         self.decay = decay
         self.register_buffer("updates", torch.tensor(0))
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         """Moves the average towards the model's present parameters."""
         n = int(self.updates)
         weight = 1 - min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        torch._foreach_lerp_(self.mine, self.theirs, weight)
         self.updates += 1
 
     @torch.no_grad()

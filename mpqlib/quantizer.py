@@ -1,6 +1,7 @@
 """LSQ quantizers: integer ranges, straight-through rounding, one learned step per bit-width."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -21,48 +22,76 @@ def in_memory_order(*tensors: Tensor) -> list[Tensor]:
     return [x.reshape(-1) for x in tensors]
 
 
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape, without a temporary."""
-    return torch.dot(*in_memory_order(a, b))
+def shaped_like(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector in the order in which `x` lies in memory, as a view of x's shape."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return vector.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)  # NHWC -> NCHW
+    return vector.view(x.shape)
 
 
-class LSQ(torch.autograd.Function):
-    """Fake quantization with LSQ's gradients (arXiv 1902.08153, equations 1-3 and 5).
+def quantize(x: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
+    """x_hat = s * round(clip(x / s, q_min, q_max)) of a vector x (LSQ, equations 1 and 2)."""
+    return (x / step).clamp_(q_min, q_max).round_().mul_(step)
 
-    Forward: v = x / s, x_hat = s * round(clip(v, q_min, q_max)).
-    Backward, clipping judged on v before rounding:
+
+def gradients(
+    x: Tensor, x_hat: Tensor, grad: Tensor, step: Tensor, q_min: int, q_max: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `quantize`'s x (a vector) and step (a scalar) from that of x_hat.
+
+    Clipping is judged on v = x / s before rounding (LSQ, equations 3 and 5):
         dx_hat/dx = 1 where q_min < v < q_max, else 0
         dx_hat/ds = round(v) - v inside, q_min or q_max outside
     Both cases of the second line are x_hat / s - v * dx_hat/dx, which needs no mask of its own.
     """
+    # hardtanh's gradient is the indicator of the open interval (q_min, q_max), in one pass.
+    grad_x = torch.ops.aten.hardtanh_backward(grad, x / step, q_min, q_max)
+    return grad_x, (torch.dot(grad, x_hat) - torch.dot(grad_x, x)) / step
+
+
+@cache
+def arithmetic(compile: bool) -> tuple[Callable, Callable]:
+    """`quantize` and `gradients`: as they are, or compiled, in one pass over memory each."""
+    pair = quantize, gradients
+    return tuple(torch.compile(f, dynamic=True) for f in pair) if compile else pair
+
+
+class LSQ(torch.autograd.Function):
+    """`quantize` with LSQ's gradients (arXiv 1902.08153)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float):
-        x_hat = (x / step).clamp_(q_min, q_max).round_().mul_(step)
+    def forward(ctx, x, step, q_min: int, q_max: int, gradient_scale: float, compile: bool):
+        quantize, ctx.gradients = arithmetic(compile)
+        # As detached vectors, so that what is compiled once serves every tensor.
+        x_hat = shaped_like(quantize(*in_memory_order(x.detach()), step.detach(), q_min, q_max), x)
         # Both live on in the layers around, so they cost no memory; v is computed again.
         ctx.save_for_backward(x, x_hat, step)
-        ctx.q_min, ctx.q_max, ctx.gradient_scale = q_min, q_max, gradient_scale
+        ctx.range, ctx.gradient_scale = (q_min, q_max), gradient_scale
         return x_hat
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, x_hat, step = ctx.saved_tensors
-        # hardtanh's gradient is the indicator of the open interval (q_min, q_max), in one pass.
-        grad_x = torch.ops.aten.hardtanh_backward(grad, x / step, ctx.q_min, ctx.q_max)
-        grad_step = (inner(grad, x_hat) - inner(grad_x, x)) / step
-        return grad_x, grad_step * ctx.gradient_scale, None, None, None
+        x, x_hat, step = (saved.detach() for saved in ctx.saved_tensors)
+        grad_x, grad_step = ctx.gradients(*in_memory_order(x, x_hat, grad), step, *ctx.range)
+        return shaped_like(grad_x, x), grad_step * ctx.gradient_scale, None, None, None, None
 
 
 def lsq(
-    x: Tensor, step: Tensor, bits: int, signed: bool, scale_step_gradient: bool = True
+    x: Tensor,
+    step: Tensor,
+    bits: int,
+    signed: bool,
+    scale_step_gradient: bool = True,
+    compile: bool = False,
 ) -> Tensor:
     """Fake-quantize `x` (any shape) with a scalar `step`; same shape (LSQ, equations 1-3).
 
     With `scale_step_gradient` the step's gradient is divided by sqrt(numel * q_max), LSQ's g.
+    `compile`: by torch.compile, see `compile_quantizers`.
     """
     q_min, q_max = integer_range(bits, signed)
     scale = (x.numel() * q_max) ** -0.5 if scale_step_gradient else 1.0
-    return LSQ.apply(x, step, q_min, q_max, scale)
+    return LSQ.apply(x, step, q_min, q_max, scale, compile)
 
 
 def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
@@ -95,6 +124,7 @@ class Quantizer(nn.Module):
             raise ValueError("bits is empty: name at least one bit-width from 2 to 16")
         self.signed = bool(example.min() < 0) if signed is None else signed
         self.scale_step_gradient = scale_step_gradient
+        self.compiled = False
         self.steps = nn.ParameterDict(
             {str(b): nn.Parameter(initial_step(example, b, self.signed)) for b in self.bits}
         )
@@ -106,7 +136,8 @@ class Quantizer(nn.Module):
         return self.steps[str(bits)].abs()
 
     def forward(self, x: Tensor, bits: int) -> Tensor:
-        return lsq(x, self.step(bits), bits, self.signed, self.scale_step_gradient)
+        how = self.signed, self.scale_step_gradient, self.compiled
+        return lsq(x, self.step(bits), bits, *how)
 
     # The sign of the range belongs to the checkpoint: it was read off data, not off the model.
     def get_extra_state(self) -> Tensor:
@@ -117,3 +148,14 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}"
+
+
+def compile_quantizers(model: nn.Module) -> None:
+    """From now on all quantizers within `model` run by torch.compile, at whatever bits.
+
+    Quantizing is bound by memory, and compiled it passes over it once: the same values in about
+    half the time, after some seconds of compiling. Needs a C++ compiler on a CPU.
+    """
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.compiled = True

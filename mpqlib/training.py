@@ -190,7 +190,7 @@ def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    run.average.update(run.model)
+    run.average.update()
     return losses
 
 

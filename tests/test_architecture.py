@@ -126,7 +126,7 @@ def code_lines(path: Path) -> int:
 
 def test_core_line_is_short():
     lengths = {m.stem: code_lines(m) for m in MODULES if m.stem in LINE}
-    assert sum(lengths.values()) < 1200, lengths
+    assert sum(lengths.values()) < 1300, lengths
 
 
 @each_module

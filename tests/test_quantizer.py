@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpqlib.quantizer import Quantizer, lsq
+from mpqlib.quantizer import Quantizer, compile_quantizers, lsq
 
 BITS = range(2, 9)
 
@@ -188,6 +188,32 @@ def test_single_precision_gradients_are_close_to_double_precision(bits, signed):
     torch.testing.assert_close(x_hat.double(), exact[0], rtol=1e-6, atol=0)
     assert torch.equal(grad_x.double(), exact[1])
     torch.testing.assert_close(grad_s.double(), exact[2], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("bits", [2, 6])
+def test_compiled_arithmetic_is_the_same(bits, channels_last):
+    x = off_the_ties(2 * 4 * 5 * 3, bits, signed=True).view(2, 4, 5, 3)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    results = []
+    for compile in (False, True):
+        v, step = x.clone().requires_grad_(), torch.tensor(0.7, requires_grad=True)
+        x_hat = lsq(v, step, bits, True, compile=compile)
+        x_hat.backward(upstream)
+        assert x_hat.stride() == v.grad.stride() == x.stride()
+        results.append((x_hat.detach(), v.grad, step.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_compiling_reaches_every_quantizer_within():
+    model = torch.nn.Sequential(*(Quantizer([4], torch.randn(9)) for _ in range(2)))
+    compile_quantizers(model)
+    x = torch.randn(9)
+    expected = [lsq(x, q.step(4), 4, q.signed) for q in model]
+    assert all(q.compiled and torch.equal(q(x, 4), e) for q, e in zip(model, expected, strict=True))
 
 
 @settings(deadline=None)

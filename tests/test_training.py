@@ -232,7 +232,7 @@ def test_average_follows_the_weights_with_a_warmed_up_decay():
     for n in range(20):
         with torch.no_grad():
             model.weight.fill_(float(n**2))
-        average.update(model)
+        average.update()
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n**2
         assert average.module.weight.item() == pytest.approx(expected)
