@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import sqrt
+from functools import partial
+from math import inf, sqrt
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cost import bitops, layer_bitops
+from .cost import bitops, layer_bitops, model_size
 from .evaluation import batch_statistics
+from .incremental import Incremental
 from .layers import Bits, Candidates
 from .supernet import BitConfig, LayerInfo, Supernet, largest
 
@@ -32,15 +34,16 @@ def batch_error(supernet: Supernet, x: Tensor, y: Tensor) -> Error:
     """The error a search minimises: cross-entropy on one batch of the search split.
 
     x: images (N, C, H, W); y: labels (N). Batch norms use the batch's own statistics, which any
-    configuration has at once, without recalibration (as RFQuant's release does).
+    configuration has at once, without recalibration (as RFQuant's release does). Activations are
+    kept from call to call (`Incremental`): ask for it anew once the weights have changed.
     """
+    logits = Incremental(supernet.eval(), x)
 
     @torch.inference_mode()
     def error(config: BitConfig) -> float:
         with batch_statistics(supernet):
-            return float(F.cross_entropy(supernet(x, config), y))
+            return float(F.cross_entropy(logits(config), y))
 
-    supernet.eval()
     return error
 
 
@@ -87,6 +90,11 @@ def weight_target(table: Sequence[LayerInfo], start: BitConfig, budget: float) -
     return fixed + sqrt(max(budget - fixed, 0) * (bitops(table, start) - fixed))
 
 
+def share(table: Sequence[LayerInfo], config: BitConfig, budget: float, size: float) -> float:
+    """The largest share of a limit that `config` takes: of `budget` BitOPs, or of `size` MB."""
+    return max(bitops(table, config) / budget, model_size(table, config) / size)
+
+
 @dataclass
 class Errors:
     """What is known of the errors after each move, some of it measured at earlier steps.
@@ -96,80 +104,79 @@ class Errors:
 
     error: Error
     now: Step
-    known: dict[Move, tuple[float, float]] = field(default_factory=dict)  # error after and before
-    fresh: set[Move] = field(default_factory=set)  # measured at the present step
+    changes: dict[Move, float] = field(default_factory=dict)  # error after a move less before
+    fresh: dict[Move, float] = field(default_factory=dict)  # errors measured at the present step
 
     def measure(self, move: Move) -> None:
         """Measures the error after `move` at the present step."""
-        after = self.error(self.now.config.replace(move.layer, move.after))
-        self.known[move] = after, self.now.error
-        self.fresh.add(move)
+        self.fresh[move] = self.error(self.now.config.replace(move.layer, move.after))
+        self.changes[move] = self.fresh[move] - self.now.error
 
     def __getitem__(self, move: Move) -> float:
-        after, before = self.known[move]
-        return after if move in self.fresh else self.now.error + after - before
+        return self.fresh.get(move, self.now.error + self.changes[move])
+
+    def advance(self, move: Move, step: Step) -> None:
+        """Goes on from `step`, to which `move` led; the way back undoes its change."""
+        self.changes[Move(move.layer, move.after, move.before)] = -self.changes[move]
+        self.now, self.fresh = step, {}
 
 
-def paper_scores(errors: Sequence[float], costs: Sequence[int], now: Step) -> list[float]:
-    """1.5 * (normalised error) + (normalised BitOPs) after each move (RFQuant)."""
+def paper_scores(errors: Sequence[float], costs: Sequence[float], error: float, cost: float):
+    """1.5 * (normalised error) + (normalised cost) after each move (RFQuant)."""
     terms = zip(normalised(errors), normalised(costs), strict=True)
-    return [ALPHA * error + cost for error, cost in terms]
+    return [ALPHA * e + c for e, c in terms]
 
 
-def ratio_scores(errors: Sequence[float], costs: Sequence[int], now: Step) -> list[float]:
-    """Error that each move adds per BitOPs it saves; a move up gains that much per BitOPs spent."""
-    return [
-        (error - now.error) / (now.bitops - cost) for error, cost in zip(errors, costs, strict=True)
-    ]
+def ratio_scores(errors: Sequence[float], costs: Sequence[float], error: float, cost: float):
+    """Error that each move adds per cost it saves; a move up: what it gains per cost it adds."""
+    return [(e - error) / (cost - c) for e, c in zip(errors, costs, strict=True)]
 
 
 RULES = {"paper": paper_scores, "ratio": ratio_scores}
 
 
-def best_move(costs: Mapping[Move, int], errors: Errors, rule: str, exact: bool) -> Move:
+def best_move(
+    costs: Mapping[Move, float], errors: Errors, cost: float, rule: str, exact: bool
+) -> Move:
     """The move with the least score by `rule`, one of RULES.
 
-    `costs`: BitOPs after each move. Measured are moves never seen, and then the best until it is a
-    fresh one; with `exact`, all of them.
+    `costs`: after each move; `cost`: now. Measured are moves never seen, and then the best until it
+    is a fresh one; with `exact`, all of them.
     """
     for move in costs:
-        if move not in errors.fresh and (exact or move not in errors.known):
+        if move not in errors.fresh and (exact or move not in errors.changes):
             errors.measure(move)
     while True:
         after = [errors[move] for move in costs]
-        scores = RULES[rule](after, list(costs.values()), errors.now)
+        scores = RULES[rule](after, list(costs.values()), errors.now.error, cost)
         best = list(costs)[scores.index(min(scores))]
         if best in errors.fresh:
             return best
         errors.measure(best)
 
 
-def dominated(path: Sequence[Step], error: float, cost: int) -> bool:
-    """Whether a step has at most this error at no more than this cost in BitOPs."""
-    return any(step.error <= error and step.bitops <= cost for step in path)
-
-
 def greedy(
     supernet: Supernet,
     error: Error,
-    budget: float,
+    budget: float = inf,
     *,
+    size: float = inf,
     rule: str = "paper",
     up: bool = True,
     weights_first: bool = True,
     start: BitConfig | None = None,
     exact: bool = False,
 ) -> list[Step]:
-    """Bidirectional greedy search (RFQuant, arXiv 2401.01543): the path from `start` to the budget.
+    """Bidirectional greedy search (RFQuant, arXiv 2401.01543): the path from `start` to the limits.
 
     Each step tries every layer one candidate down and, with `up`, one up, and takes the best move
     by `rule`, one of RULES. A move up must lead to a configuration that none on the path dominates,
-    with no more error at no more BitOPs: so the search does not wander, and it ends.
-    `weights_first`: weights move until `weight_target`, then activations, then both, should the
-    budget not hold yet; else both from the start. `budget`: BitOPs per image. `start`: the largest
-    bits if None. `exact`: measure every move at every step, as the paper does, at many times the
-    cost. The last step is the result. Raises ValueError for an unknown rule, or a budget below the
-    smallest bits.
+    with no more error at no more cost: so the search does not wander, and it ends. `weights_first`:
+    weights move until `weight_target`, then activations, then both, should the limits not hold yet;
+    else both from the start. `budget`: BitOPs per image; `size`: MB of weights; the cost is the
+    largest share of a limit. `start`: the largest bits if None. `exact`: measure every move at
+    every step, as the paper does, at many times the price. The last step is the result. Raises
+    ValueError for an unknown rule, or limits below the smallest bits.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not allowed: one of {list(RULES)}")
@@ -182,22 +189,26 @@ def greedy(
         phases = {("weight",): weight_target(table, config, budget), ("act",): budget} | phases
     with tqdm(desc="search", unit=" steps", leave=False) as bar:
         for parts, target in phases.items():
-            while (now := path[-1]).bitops > target:
-                errors.now, errors.fresh = now, set()
+            cost = partial(share, table, budget=target, size=size)
+            while (now := cost(config)) > 1:
                 costs = {
-                    move: bitops(table, now.config.replace(move.layer, move.after))
-                    for move in moves(now.config, candidates, parts, up)
+                    move: cost(config.replace(move.layer, move.after))
+                    for move in moves(config, candidates, parts, up)
                 }
-                if all(cost >= now.bitops for cost in costs.values()):
+                costs = {move: c for move, c in costs.items() if c != now}
+                if not any(c < now for c in costs.values()):
                     break
-                best = best_move(costs, errors, rule, exact)
-                while costs[best] > now.bitops and dominated(path, errors[best], costs[best]):
+                best = best_move(costs, errors, now, rule, exact)
+                while costs[best] > now and any(
+                    s.error <= errors[best] and cost(s.config) <= costs[best] for s in path
+                ):
                     del costs[best]
-                    best = best_move(costs, errors, rule, exact)
-                config = now.config.replace(best.layer, best.after)
-                path.append(Step(config, errors[best], costs[best]))
+                    best = best_move(costs, errors, now, rule, exact)
+                config = config.replace(best.layer, best.after)
+                path.append(Step(config, errors[best], bitops(table, config)))
+                errors.advance(best, path[-1])
                 bar.update()
-                bar.set_postfix_str(f"{costs[best] / 1e9:.3f} of {budget / 1e9:.3f} G BitOPs")
-    if path[-1].bitops > budget:
-        raise ValueError(f"budget={budget / 1e9} G: no configuration needs so few BitOPs")
+                bar.set_postfix_str(f"{path[-1].bitops / 1e9:.3f} of {budget / 1e9:.3f} G BitOPs")
+    if share(table, config, budget, size) > 1:
+        raise ValueError(f"budget={budget / 1e9} G, size={size} MB: no configuration is so small")
     return path

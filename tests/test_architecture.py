@@ -27,6 +27,7 @@ LINE = [
     "optimization",
     "evaluation",
     "training",
+    "incremental",
     "search",
     "deploy",
     "plots",
