@@ -1,0 +1,73 @@
+"""A supernet run again on the same images: layers before the first change are not run anew."""
+
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .layers import QuantLinear
+from .supernet import BitConfig, Supernet
+
+OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul}
+
+
+class _Tracer(fx.Tracer):
+    """Keeps every quantizable layer whole, its norms included."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, (QuantLinear, _BatchNorm)) or super().is_leaf_module(module, name)
+
+
+def traced(model: nn.Module) -> fx.GraphModule:
+    """The network as a graph of layers (torch.fx) in which no operation overwrites its input."""
+    graph = _Tracer().trace(model)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = OUT_OF_PLACE.get(node.target, node.target)
+            if "inplace" in node.kwargs:
+                node.update_kwarg("inplace", False)
+        elif node.op == "call_method" and not node.target.endswith("__"):
+            node.target = node.target.removesuffix("_")  # add_ -> add
+    return fx.GraphModule(model, graph)
+
+
+@contextmanager
+def out_of_place(model: nn.Module) -> Iterator[None]:
+    """Within the block, no module of `model` overwrites its input."""
+    inplace = [m for m in model.modules() if getattr(m, "inplace", False) is True]
+    try:
+        for module in inplace:
+            module.inplace = False
+        yield
+    finally:
+        for module in inplace:
+            module.inplace = True
+
+
+class Incremental(fx.Interpreter):
+    """Logits (N, classes) of the images `x` (N, C, H, W) at one configuration after another.
+
+    The outputs of all nodes are kept. A call runs only those that depend on a layer whose bits
+    differ from the call before: in a search, where one layer changes at a time, half of them.
+    """
+
+    def __init__(self, supernet: Supernet, x: Tensor):
+        super().__init__(traced(supernet.model))
+        self.supernet, self.x, self.last = supernet, x, {}
+
+    def __call__(self, config: BitConfig) -> Tensor:
+        self.supernet.set_bits(config)
+        self.args_iter = iter([self.x])
+        stale = set()
+        with out_of_place(self.supernet.model):
+            for node in self.module.graph.nodes:
+                changed = (
+                    node.target in config and self.last.get(node.target) != config[node.target]
+                )
+                if changed or node not in self.env or stale & set(node.all_input_nodes):
+                    stale.add(node)
+                    self.env[node] = self.run_node(node)
+        self.last = dict(config)
+        return self.env[node]
