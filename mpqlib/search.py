@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .cost import bitops, layer_bitops, model_size
 from .evaluation import batch_statistics
 from .incremental import Incremental
-from .layers import Bits, Candidates
+from .layers import Candidates
 from .supernet import BitConfig, LayerInfo, Supernet, largest
 
 Error = Callable[[BitConfig], float]
@@ -48,11 +48,16 @@ def batch_error(supernet: Supernet, x: Tensor, y: Tensor) -> Error:
 
 
 class Move(NamedTuple):
-    """A change of one layer's bits."""
+    """A change of one of a layer's bit-widths, `part`: "weight" or "act"."""
 
     layer: str
-    before: Bits
-    after: Bits
+    part: str
+    before: int
+    after: int
+
+    def of(self, config: BitConfig) -> BitConfig:
+        """The configuration that it leads to from `config`."""
+        return config.replace(self.layer, config[self.layer]._replace(**{self.part: self.after}))
 
 
 def moves(
@@ -64,11 +69,11 @@ def moves(
     """
     for name, bits in config.items():
         for part in parts:
-            offered = getattr(candidates[name], part)
-            at = offered.index(getattr(bits, part))
+            offered, now = getattr(candidates[name], part), getattr(bits, part)
+            at = offered.index(now)
             for to in (at - 1, at + 1)[: 1 + up]:
                 if 0 <= to < len(offered):
-                    yield Move(name, bits, bits._replace(**{part: offered[to]}))
+                    yield Move(name, part, now, offered[to])
 
 
 def normalised(values: Sequence[float]) -> list[float]:
@@ -97,9 +102,9 @@ def share(table: Sequence[LayerInfo], config: BitConfig, budget: float, size: fl
 
 @dataclass
 class Errors:
-    """What is known of the errors after each move, some of it measured at earlier steps.
+    """What is known of the errors after each move, much of it measured at earlier steps.
 
-    A move changes the error by about as much as it did when it was last measured.
+    A move is taken to change the error by as much as it did when it was last measured.
     """
 
     error: Error
@@ -109,7 +114,7 @@ class Errors:
 
     def measure(self, move: Move) -> None:
         """Measures the error after `move` at the present step."""
-        self.fresh[move] = self.error(self.now.config.replace(move.layer, move.after))
+        self.fresh[move] = self.error(move.of(self.now.config))
         self.changes[move] = self.fresh[move] - self.now.error
 
     def __getitem__(self, move: Move) -> float:
@@ -117,7 +122,8 @@ class Errors:
 
     def advance(self, move: Move, step: Step) -> None:
         """Goes on from `step`, to which `move` led; the way back undoes its change."""
-        self.changes[Move(move.layer, move.after, move.before)] = -self.changes[move]
+        back = move._replace(before=move.after, after=move.before)
+        self.changes[back] = -self.changes[move]
         self.now, self.fresh = step, {}
 
 
@@ -192,8 +198,7 @@ def greedy(
             cost = partial(share, table, budget=target, size=size)
             while (now := cost(config)) > 1:
                 costs = {
-                    move: cost(config.replace(move.layer, move.after))
-                    for move in moves(config, candidates, parts, up)
+                    move: cost(move.of(config)) for move in moves(config, candidates, parts, up)
                 }
                 costs = {move: c for move, c in costs.items() if c != now}
                 if not any(c < now for c in costs.values()):
@@ -204,7 +209,7 @@ def greedy(
                 ):
                     del costs[best]
                     best = best_move(costs, errors, now, rule, exact)
-                config = config.replace(best.layer, best.after)
+                config = best.of(config)
                 path.append(Step(config, errors[best], bitops(table, config)))
                 errors.advance(best, path[-1])
                 bar.update()

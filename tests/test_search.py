@@ -217,10 +217,10 @@ def test_moves_are_all_neighbours_in_one_bit_width():
     stand = Stand((1, 1), [((2, 3, 4), (2, 4)), ((8,), (8,))])
     config = BitConfig.of({"l0": (3, 2), "l1": (8, 8)})
     found = list(moves(config, stand.candidates, ["weight", "act"]))
-    assert all((move.layer, move.before) == ("l0", (3, 2)) for move in found)
-    assert {move.after for move in found} == {(2, 2), (4, 2), (3, 4)}
+    assert {move.of(config)["l0"] for move in found} == {(2, 2), (4, 2), (3, 4)}
+    assert all(move.of(config)["l1"] == (8, 8) for move in found)
     weights = moves(config, stand.candidates, ["weight"])
-    assert {move.after for move in weights} == {(2, 2), (4, 2)}
+    assert {move.of(config)["l0"] for move in weights} == {(2, 2), (4, 2)}
 
 
 def test_weights_go_half_of_the_way():
