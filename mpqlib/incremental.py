@@ -4,11 +4,12 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers import QuantLinear
-from .supernet import BitConfig, Supernet
+from .layers import Bits, QuantLinear
+from .supernet import BitConfig, Supernet, largest
 
 OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul}
 
@@ -51,22 +52,35 @@ class Incremental(fx.Interpreter):
 
     The outputs of all nodes are kept. A call runs only those that depend on a layer whose bits
     differ from the call before: in a search, where one layer changes at a time, half of them.
+    Between calls nothing else may change, such as weights or the mode of a norm.
     """
 
     def __init__(self, supernet: Supernet, x: Tensor):
         super().__init__(traced(supernet.model))
-        self.supernet, self.x, self.last = supernet, x, {}
+        self.supernet, self.x = supernet, x
+        self.last: dict[str, Bits] = {}
+        config = largest(supernet.candidates)
+        with torch.no_grad():
+            # Not so where a network reads a tensor that an alias of it has written over.
+            self.divisible = torch.allclose(self.changes(config), supernet(x, config))
+        self.last, self.env = {}, {}
 
     def __call__(self, config: BitConfig) -> Tensor:
+        return self.changes(config) if self.divisible else self.supernet(self.x, config)
+
+    def changes(self, config: BitConfig) -> Tensor:
+        """Runs what differs from the last call; returns the logits."""
         self.supernet.set_bits(config)
         self.args_iter = iter([self.x])
-        stale = set()
+        changed = {name for name in config if config[name] != self.last.get(name)}
+        stale: set[fx.Node] = set()
         with out_of_place(self.supernet.model):
             for node in self.module.graph.nodes:
-                changed = (
-                    node.target in config and self.last.get(node.target) != config[node.target]
-                )
-                if changed or node not in self.env or stale & set(node.all_input_nodes):
+                if (
+                    node not in self.env
+                    or node.target in changed
+                    or not stale.isdisjoint(node.all_input_nodes)
+                ):
                     stale.add(node)
                     self.env[node] = self.run_node(node)
         self.last = dict(config)

@@ -30,19 +30,25 @@ class Step:
     bitops: int
 
 
-def batch_error(supernet: Supernet, x: Tensor, y: Tensor) -> Error:
+def batch_error(
+    supernet: Supernet,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Error:
     """The error a search minimises: cross-entropy on one batch of the search split.
 
-    x: images (N, C, H, W); y: labels (N). Batch norms use the batch's own statistics, which any
-    configuration has at once, without recalibration (as RFQuant's release does). Activations are
-    kept from call to call (`Incremental`): ask for it anew once the weights have changed.
+    x: images (N, C, H, W); y: labels (N); `loss`: of logits (N, classes) and labels. Batch norms
+    use the batch's own statistics, which any configuration has at once, without recalibration (as
+    RFQuant's release does). Activations are kept from call to call (`Incremental`): ask for it anew
+    once the weights have changed.
     """
     logits = Incremental(supernet.eval(), x)
 
     @torch.inference_mode()
     def error(config: BitConfig) -> float:
         with batch_statistics(supernet):
-            return float(F.cross_entropy(logits(config), y))
+            return float(loss(logits(config), y))
 
     return error
 

@@ -38,6 +38,7 @@ STUDIES = [
     "regression",
     "probes",
     "ablation",
+    "fronts",
     "cora",
     "width",
     "benchmark",
