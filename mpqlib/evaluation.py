@@ -1,6 +1,6 @@
 """Accuracy of a float model or of a supernet's configuration, and batch-norm statistics."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -61,14 +61,18 @@ def evaluate(
     return Evaluation(torch.cat(correct), loss / len(dataset))
 
 
-def active_norms(supernet: Supernet, config: BitConfig) -> list[_BatchNorm]:
-    """The batch norms that run at `config`: one of each bank, and those outside any bank."""
-    supernet.set_bits(config)
+def outside_norms(supernet: Supernet) -> list[_BatchNorm]:
+    """The batch norms that belong to no layer: they run at every configuration."""
     convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
     owned = {id(m) for conv in convs for m in (conv.norm, *conv.bank.values())}
-    active = [conv.active_norm for conv in convs]
-    outside = [m for m in supernet.modules() if id(m) not in owned]
-    return [m for m in active + outside if isinstance(m, _BatchNorm)]
+    return [m for m in supernet.modules() if isinstance(m, _BatchNorm) and id(m) not in owned]
+
+
+def layer_norms(supernet: Supernet, config: BitConfig) -> list[_BatchNorm]:
+    """The batch norms of layers that run at `config`: at most one of each bank."""
+    supernet.set_bits(config)
+    convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
+    return [c.active_norm for c in convs if isinstance(c.active_norm, _BatchNorm)]
 
 
 @torch.no_grad()
@@ -86,7 +90,7 @@ def recalibrate(
     The mean over batches replaces the running statistics (RFQuant's release: about 7,000 images).
     """
     supernet = supernet.to(device, memory_format=torch.channels_last).eval()
-    norms = active_norms(supernet, config)
+    norms = layer_norms(supernet, config) + outside_norms(supernet)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -101,9 +105,8 @@ def recalibrate(
 
 
 @contextmanager
-def batch_statistics(supernet: Supernet) -> Iterator[None]:
-    """Within the block, every batch norm normalises by the batch at hand and learns nothing."""
-    norms = [m for m in supernet.modules() if isinstance(m, _BatchNorm)]
+def batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within the block, the batch norms normalise by the batch at hand and learn nothing."""
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     try:
         for norm in norms:

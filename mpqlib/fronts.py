@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -33,9 +33,9 @@ class Counted:
         return self.known[config]
 
 
-def drawn(items: Sequence, generator: Generator):
-    """One of `items` at random."""
-    return items[int(torch.randint(len(items), (), generator=generator))]
+def drawn(items: Sequence, generator: Generator) -> Iterator:
+    """`items` in random order."""
+    return (items[i] for i in torch.randperm(len(items), generator=generator))
 
 
 def fitted(supernet: Supernet, config: BitConfig, budget: float, generator: Generator) -> BitConfig:
@@ -43,14 +43,14 @@ def fitted(supernet: Supernet, config: BitConfig, budget: float, generator: Gene
     table, candidates = supernet.table, supernet.candidates
     while bitops(table, config) > budget:
         down = [m for m in moves(config, candidates, PARTS) if m.after < m.before]
-        config = drawn(down, generator).of(config)
-    while up := [
-        m
-        for m in moves(config, candidates, PARTS)
-        if m.after > m.before and bitops(table, m.of(config)) <= budget
-    ]:
-        config = drawn(up, generator).of(config)
-    return config
+        config = next(drawn(down, generator)).of(config)
+    while True:
+        up = [m for m in moves(config, candidates, PARTS) if m.after > m.before]
+        after = (move.of(config) for move in drawn(up, generator))
+        fits = next((c for c in after if bitops(table, c) <= budget), None)
+        if fits is None:
+            return config
+        config = fits
 
 
 def best_step(supernet: Supernet, known: Mapping[BitConfig, float], budget: float) -> Step:
@@ -92,14 +92,11 @@ def evolution(
         child = sample(supernet.candidates, generator)
         if len(known.known) >= population:
             ranked = sorted(known.known, key=known.known.__getitem__)[: population // 2]
-            parents, chance = [drawn(ranked, generator) for _ in range(2)], child
-            kept = torch.rand(len(child), generator=generator) >= mutation
-            child = BitConfig.of(
-                {
-                    name: drawn(parents, generator)[name] if keep else chance[name]
-                    for name, keep in zip(child, kept, strict=True)
-                }
-            )
+            father, mother = itertools.islice(drawn(ranked, generator), 2)
+            mutated, maternal = torch.rand(2, len(child), generator=generator)
+            for (name, new), m, f in zip(child.items(), mutated, maternal, strict=True):
+                inherited = (mother if f < 0.5 else father)[name]
+                child = child.replace(name, new if m < mutation else inherited)
         known(fitted(supernet, child, budget, generator))
         if len(known.known) >= evaluations:
             break

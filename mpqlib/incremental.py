@@ -1,7 +1,7 @@
 """A supernet run again on the same images: layers before the first change are not run anew."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,15 +35,14 @@ def traced(model: nn.Module) -> fx.GraphModule:
 
 
 @contextmanager
-def out_of_place(model: nn.Module) -> Iterator[None]:
-    """Within the block, no module of `model` overwrites its input."""
-    inplace = [m for m in model.modules() if getattr(m, "inplace", False) is True]
+def out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, none of `modules`, which have the option, overwrites its input."""
     try:
-        for module in inplace:
+        for module in modules:
             module.inplace = False
         yield
     finally:
-        for module in inplace:
+        for module in modules:
             module.inplace = True
 
 
@@ -58,6 +57,9 @@ class Incremental(fx.Interpreter):
     def __init__(self, supernet: Supernet, x: Tensor):
         super().__init__(traced(supernet.model))
         self.supernet, self.x = supernet, x
+        called = [n.target for n in self.module.graph.nodes if n.op == "call_module"]
+        modules = [supernet.model.get_submodule(name) for name in called]
+        self.inplace = [m for m in modules if getattr(m, "inplace", False)]
         self.last: dict[str, Bits] = {}
         config = largest(supernet.candidates)
         with torch.no_grad():
@@ -74,7 +76,7 @@ class Incremental(fx.Interpreter):
         self.args_iter = iter([self.x])
         changed = {name for name in config if config[name] != self.last.get(name)}
         stale: set[fx.Node] = set()
-        with out_of_place(self.supernet.model):
+        with out_of_place(self.inplace):
             for node in self.module.graph.nodes:
                 if (
                     node not in self.env

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .cost import bitops, layer_bitops, model_size
-from .evaluation import batch_statistics
+from .evaluation import batch_statistics, layer_norms, outside_norms
 from .incremental import Incremental
 from .layers import Candidates
 from .supernet import BitConfig, LayerInfo, Supernet, largest
@@ -43,11 +43,11 @@ def batch_error(
     RFQuant's release does). Activations are kept from call to call (`Incremental`): ask for it anew
     once the weights have changed.
     """
-    logits = Incremental(supernet.eval(), x)
+    logits, outside = Incremental(supernet.eval(), x), outside_norms(supernet)
 
     @torch.inference_mode()
     def error(config: BitConfig) -> float:
-        with batch_statistics(supernet):
+        with batch_statistics(layer_norms(supernet, config) + outside):
             return float(loss(logits(config), y))
 
     return error
