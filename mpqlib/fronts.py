@@ -3,34 +3,27 @@
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
-from torch import Generator, Tensor
+from matplotlib.figure import Figure
+from scipy.stats import t
+from torch import Generator
 
 from .cost import bitops, bitops_at
 from .data import Splits
 from .layers import Candidates
+from .plots import COLOURS
 from .report import measure
-from .search import Error, Step, batch_error, greedy, moves
+from .search import Error, Step, greedy, moves
 from .supernet import BitConfig, LayerInfo, Supernet, sample
 
 PARTS = ("weight", "act")
-
-
-@dataclass
-class Counted:
-    """An error that counts how many different configurations it was asked for, and keeps theirs."""
-
-    error: Error
-    known: dict[BitConfig, float]
-
-    def __call__(self, config: BitConfig) -> float:
-        if config not in self.known:
-            self.known[config] = self.error(config)
-        return self.known[config]
 
 
 def drawn(items: Sequence, generator: Generator) -> Iterator:
@@ -64,12 +57,13 @@ def random_search(
     supernet: Supernet, error: Error, budget: float, evaluations: int, generator: Generator
 ) -> Step:
     """The best of `evaluations` random configurations that use the budget up."""
-    known = Counted(error, {})
+    known: dict[BitConfig, float] = {}
     for _ in range(20 * evaluations):  # a small space may hold fewer
-        known(fitted(supernet, sample(supernet.candidates, generator), budget, generator))
-        if len(known.known) >= evaluations:
+        config = fitted(supernet, sample(supernet.candidates, generator), budget, generator)
+        known[config] = known[config] if config in known else error(config)
+        if len(known) >= evaluations:
             break
-    return best_step(supernet, known.known, budget)
+    return best_step(supernet, known, budget)
 
 
 def evolution(
@@ -87,20 +81,21 @@ def evolution(
     best half, or with the share `mutation` at random (as single-path one-shot NAS does,
     arXiv 1904.00420).
     """
-    known = Counted(error, {})
+    known: dict[BitConfig, float] = {}
     for _ in range(20 * evaluations):
         child = sample(supernet.candidates, generator)
-        if len(known.known) >= population:
-            ranked = sorted(known.known, key=known.known.__getitem__)[: population // 2]
+        if len(known) >= population:
+            ranked = sorted(known, key=known.__getitem__)[: population // 2]
             father, mother = itertools.islice(drawn(ranked, generator), 2)
             mutated, maternal = torch.rand(2, len(child), generator=generator)
             for (name, new), m, f in zip(child.items(), mutated, maternal, strict=True):
                 inherited = (mother if f < 0.5 else father)[name]
                 child = child.replace(name, new if m < mutation else inherited)
-        known(fitted(supernet, child, budget, generator))
-        if len(known.known) >= evaluations:
+        child = fitted(supernet, child, budget, generator)
+        known[child] = known[child] if child in known else error(child)
+        if len(known) >= evaluations:
             break
-    return best_step(supernet, known.known, budget)
+    return best_step(supernet, known, budget)
 
 
 def exhaustive(supernet: Supernet, error: Error) -> dict[BitConfig, float]:
@@ -134,9 +129,9 @@ def searches(
     supernet: Supernet, error: Error, budget: float, options: Mapping, seed: int
 ) -> dict[str, tuple[Step, int]]:
     """Greedy search, then the two others with as many evaluations: result and evaluations."""
-    known = Counted(error, {})
+    known = cache(error)
     found = {"greedy": greedy(supernet, known, budget, **options)[-1]}
-    count = len(known.known)
+    count = known.cache_info().currsize
     for name, search in {"random": random_search, "evolution": evolution}.items():
         generator = torch.Generator().manual_seed(seed)
         found[name] = search(supernet, error, budget, count, generator)
@@ -185,46 +180,44 @@ def regrets(
     return rows
 
 
-def wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of images that are classified wrongly: a score in the place of cross-entropy."""
-    return (logits.argmax(1) != y).float().mean()
+def front_plot(rows: pd.DataFrame, value: str, label: str) -> Figure:
+    """A value over BitOPs, one line a search: means over seeds with their 95% t-intervals.
 
-
-# What the rule of the search is made of, one thing at a time and together.
-RULES = {
-    "paper": {},
-    "paper, no moves up": dict(up=False),
-    "paper, jointly": dict(weights_first=False),
-    "paper, jointly, no moves up": dict(up=False, weights_first=False),
-    "ratio": dict(rule="ratio"),
-    "ratio, no moves up": dict(rule="ratio", up=False),
-    "ratio, jointly, no moves up": dict(rule="ratio", up=False, weights_first=False),
-}
-
-
-def rules(
-    supernet: Supernet, x: Tensor, y: Tensor, images: int, levels: Sequence[float]
-) -> list[dict]:
-    """Each variant of the search on the first `images` of x (N, C, H, W) and y (N): rows.
-
-    One per variant and level: cross-entropy on the other images, which no search has seen.
+    `rows`: columns `arm`, `seed`, `budget_g` (G) and `value`, which `label` describes.
     """
-    judge = batch_error(supernet, x[images:], y[images:])
-    half = images // 2
-    scores = {
-        "loss": batch_error(supernet, x[:images], y[:images]),
-        "errors": batch_error(supernet, x[:images], y[:images], wrong),
-        "half": batch_error(supernet, x[:half], y[:half]),
-    }
-    variants = {name: (options, "loss") for name, options in RULES.items()}
-    variants |= {
-        "paper, top-1 error": ({}, "errors"),
-        f"paper, {half} images": ({}, "half"),
-    }
-    rows = []
-    for level, (name, (options, score)) in itertools.product(levels, variants.items()):
-        known = Counted(scores[score], {})
-        step = greedy(supernet, known, bitops_at(supernet.table, level), **options)[-1]
-        found = {"judged": judge(step.config), "evaluations": len(known.known)}
-        rows.append({"arm": name, "level": level, **found})
-    return rows
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    arms = list(rows["arm"].unique())
+    for i, (arm, colour) in enumerate(zip(arms, sns.color_palette("colorblind"), strict=False)):
+        groups = rows[rows["arm"] == arm].groupby("budget_g")[value]
+        mean, n = groups.mean(), groups.count()
+        spread = t.ppf(0.975, (n - 1).clip(lower=1)) * groups.sem().fillna(0)
+        places = mean.index * (1 + 0.004 * (i - len(arms) / 2))  # side by side, to be told apart
+        style = dict(color=colour, marker="osD^v"[i % 5], capsize=2, label=arm)
+        axis.errorbar(places, mean, spread, linestyle="" if arm == "uniform" else "-", **style)
+    axis.set(xlabel="budget (G BitOPs per image, log scale)", ylabel=label, xscale="log")
+    ticks = sorted(rows.loc[rows["arm"] == arms[0], "budget_g"].unique())
+    axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    return figure
+
+
+def policies_plot(configs: Mapping[str, BitConfig], label: str) -> Figure:
+    """Bits of every layer in one policy after another: weights left, activations right.
+
+    `configs`: by the text that stands under each, such as its budget, which `label` describes.
+    """
+    names = list(next(iter(configs.values())))
+    size = (max(7, 2.5 + 0.8 * len(configs)), 1.4 + 0.24 * len(names))
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    for axis, part in zip(axes, ("weight", "act"), strict=True):
+        bits = pd.DataFrame(
+            {text: [getattr(config[n], part) for n in names] for text, config in configs.items()},
+            index=names,
+        )
+        style = dict(cmap=list(COLOURS.values()), vmin=1.5, vmax=8.5, cbar=False, linewidths=0.5)
+        sns.heatmap(bits, annot=True, annot_kws={"fontsize": 7}, ax=axis, **style)
+        title = "weight bits" if part == "weight" else "activation bits"
+        axis.set(title=title, xlabel=label, ylabel="layer" if part == "weight" else "")
+        axis.tick_params(axis="both", labelsize=8)
+    return figure

@@ -8,7 +8,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from scipy.stats import t
 
 from .cost import bitops, layer_bitops
 from .supernet import BitConfig, LayerInfo
@@ -98,47 +97,4 @@ def accuracy_over_cost(rows: pd.DataFrame, budget: float) -> Figure:
     axis.axvline(budget, linestyle=":", color="C3", label="budget")
     axis.set(xlabel="BitOPs (G per image)", ylabel="test top-1 (%), 95% interval")
     axis.legend(frameon=False, loc="lower right")
-    return figure
-
-
-def front(rows: pd.DataFrame, value: str, label: str) -> Figure:
-    """A value over BitOPs, one line a search: means over seeds with their 95% t-intervals.
-
-    `rows`: columns `arm`, `seed`, `budget_g` (G) and `value`, which `label` describes.
-    """
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    arms = list(rows["arm"].unique())
-    for i, (arm, colour) in enumerate(zip(arms, sns.color_palette("colorblind"), strict=False)):
-        groups = rows[rows["arm"] == arm].groupby("budget_g")[value]
-        mean, n = groups.mean(), groups.count()
-        spread = t.ppf(0.975, (n - 1).clip(lower=1)) * groups.sem().fillna(0)
-        places = mean.index * (1 + 0.004 * (i - len(arms) / 2))  # side by side, to be told apart
-        style = dict(color=colour, marker="osD^v"[i % 5], capsize=2, label=arm)
-        axis.errorbar(places, mean, spread, linestyle="" if arm == "uniform" else "-", **style)
-    axis.set(xlabel="budget (G BitOPs per image, log scale)", ylabel=label, xscale="log")
-    ticks = sorted(rows.loc[rows["arm"] == arms[0], "budget_g"].unique())
-    axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
-    axis.minorticks_off()
-    axis.legend(frameon=False)
-    return figure
-
-
-def policies(configs: Mapping[str, BitConfig], label: str) -> Figure:
-    """Bits of every layer in one policy after another: weights left, activations right.
-
-    `configs`: by the text that stands under each, such as its budget, which `label` describes.
-    """
-    names = list(next(iter(configs.values())))
-    size = (max(7, 2.5 + 0.8 * len(configs)), 1.4 + 0.24 * len(names))
-    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    for axis, part in zip(axes, ("weight", "act"), strict=True):
-        bits = pd.DataFrame(
-            {text: [getattr(config[n], part) for n in names] for text, config in configs.items()},
-            index=names,
-        )
-        style = dict(cmap=list(COLOURS.values()), vmin=1.5, vmax=8.5, cbar=False, linewidths=0.5)
-        sns.heatmap(bits, annot=True, annot_kws={"fontsize": 7}, ax=axis, **style)
-        title = "weight bits" if part == "weight" else "activation bits"
-        axis.set(title=title, xlabel=label, ylabel="layer" if part == "weight" else "")
-        axis.tick_params(axis="both", labelsize=8)
     return figure

@@ -39,6 +39,7 @@ STUDIES = [
     "probes",
     "ablation",
     "fronts",
+    "rules",
     "cora",
     "width",
     "benchmark",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search import SMALL_STANDS, STANDS, Stand, made_up_error
 
-from mpqlib import batch_error, bitops, bitops_at, largest, smallest
+from mpqlib import batch_error, bitops, bitops_at, greedy, largest, smallest
 from mpqlib.fronts import (
     evolution,
     exhaustive,
@@ -19,8 +19,8 @@ from mpqlib.fronts import (
     random_search,
     regrets,
     restricted,
-    rules,
 )
+from mpqlib.rules import VARIANTS, judged
 from mpqlib.search import moves
 from mpqlib.supernet import sample
 
@@ -102,5 +102,12 @@ def test_rows_of_a_study_hold_every_arm_at_every_level(supernet):
     assert {(row["arm"], row["level"]) for row in searched} == expected
     for row in searched:
         assert row["bitops_g"] * 1e9 <= bitops_at(supernet.table, row["level"])
-    ruled = rules(supernet, x, y, 16, [3])
-    assert len({row["arm"] for row in ruled}) == len(ruled) == 9
+
+
+def test_every_variant_of_the_rule_is_judged_on_images_that_no_search_has_seen(supernet):
+    x, y = images(32, seed=2).tensors
+    rows = judged(supernet, x, y, 16, [3, 3.5], VARIANTS)
+    assert [(r["arm"], r["level"]) for r in rows] == list(itertools.product(VARIANTS, [3, 3.5]))
+    budget = bitops_at(supernet.table, 3.5)
+    found = greedy(supernet, batch_error(supernet, x[:16], y[:16]), budget)[-1].config
+    assert rows[1]["judged"] == batch_error(supernet, x[16:], y[16:])(found)
