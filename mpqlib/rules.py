@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from .cost import bitops_at
@@ -60,3 +63,17 @@ def judged(
             found = {"judged": judge(step.config), "evaluations": asked.cache_info().currsize}
             rows.append({"arm": name, "level": level, **found})
     return rows
+
+
+def differences_plot(differences: pd.DataFrame, base: str, label: str) -> Figure:
+    """Paired differences of all variants from `base` with their 95% intervals, best on top.
+
+    `differences`: rows of `claims.differences`; `label`: of what is compared, less is better.
+    """
+    rows = differences.sort_values("difference", ascending=False)
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.36 * len(rows)), layout="constrained")
+    spread = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
+    axis.errorbar(rows["difference"], rows["compared"], xerr=spread, fmt="o", capsize=3, color="C0")
+    axis.axvline(0, color="0.6", linewidth=1)
+    axis.set(xlabel=f"{label}, less that of the rule {base!r}", ylabel="rule")
+    return figure
