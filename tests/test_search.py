@@ -238,6 +238,28 @@ def test_a_budget_out_of_reach_is_refused():
         greedy(stand, lambda config: 0.0, 7.9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(STANDS, st.integers(0, 999), st.floats(0, 1), st.floats(0, 1), st.booleans())
+def test_size_alone_and_both_limits_are_kept(layers, seed, share, size_share, weights_first):
+    stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
+    small, large = (end(stand.candidates) for end in (smallest, largest))
+    low, high = bitops(stand.table, small), bitops(stand.table, large)
+    least, most = (sum(i.weights * c[i.name].weight for i in stand.table) for c in (small, large))
+    budget = low + share * (high - low)
+    size = (least + size_share * (most - least)) / 8e6 * (1 + 1e-12)
+    for limits in ({"budget": budget, "size": size}, {"size": size}):
+        config = greedy(stand, error, **limits, weights_first=weights_first)[-1].config
+        assert bitops(stand.table, config) <= limits.get("budget", high)
+        assert sum(i.weights * config[i.name].weight for i in stand.table) / 8e6 <= size
+    assert [bits.act for bits in config.values()] == [bits.act for bits in large.values()]
+
+
+def test_a_size_out_of_reach_is_refused():
+    stand = Stand((1_000_000,), [((2, 4),) * 2])
+    with pytest.raises(ValueError, match=r"size=0\.2 MB: no configuration"):
+        greedy(stand, made_up_error(0), size=0.2)
+
+
 def test_batch_error_is_the_cross_entropy_with_the_batch_s_statistics(supernet):
     x, y = images(32, seed=2).tensors
     config = supernet.uniform(3)
