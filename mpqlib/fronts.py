@@ -187,7 +187,9 @@ def front_plot(rows: pd.DataFrame, value: str, label: str) -> Figure:
     """
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     arms = list(rows["arm"].unique())
-    for i, (arm, colour) in enumerate(zip(arms, sns.color_palette("colorblind"), strict=False)):
+    for i, (arm, colour) in enumerate(
+        zip(arms, sns.color_palette("colorblind", len(arms)), strict=True)
+    ):
         groups = rows[rows["arm"] == arm].groupby("budget_g")[value]
         mean, n = groups.mean(), groups.count()
         spread = t.ppf(0.975, (n - 1).clip(lower=1)) * groups.sem().fillna(0)
