@@ -12,12 +12,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from . import models
-from .cost import bitops_at
-from .evaluation import batch_statistics, layer_norms, outside_norms, recalibrate
+from .evaluation import recalibrate
 from .quantizer import compile_quantizers, lsq
 from .scheduler import turbulence
-from .search import batch_error, greedy
-from .supernet import BitConfig, Supernet, largest
+from .supernet import Supernet, largest
 from .training import Run, TrainConfig, update
 
 
@@ -115,29 +113,6 @@ def recalibration(
         return ratios(
             lambda: recalibrate(supernet, images, config, **how), lambda: plain.eval()(x), repeats
         )
-
-
-def literal_error(supernet: Supernet, x: torch.Tensor, y: torch.Tensor):
-    """`batch_error` by a whole pass for every configuration."""
-    outside = outside_norms(supernet.eval())
-
-    @torch.inference_mode()
-    def error(config: BitConfig) -> float:
-        with batch_statistics(layer_norms(supernet, config) + outside):
-            return float(F.cross_entropy(supernet(x, config), y))
-
-    return error
-
-
-def search_run(
-    supernet: Supernet, x: torch.Tensor, y: torch.Tensor, level: float, literal: bool, **options
-) -> dict[str, float]:
-    """Time (s), passes, steps and final error of one search; `literal`: every pass, every move."""
-    error = (literal_error if literal else batch_error)(supernet, x, y)
-    asked, budget, start = [], bitops_at(supernet.table, level), time.perf_counter()
-    path = greedy(supernet, lambda c: asked.append(c) or error(c), budget, exact=literal, **options)
-    spent, end = time.perf_counter() - start, path[-1]
-    return dict(seconds=spent, passes=len(asked), steps=len(path) - 1, error=end.error)
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -1,49 +1,10 @@
 """A supernet run again on the same images: layers before the first change are not run anew."""
 
-import operator
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx
 
-from .layers import Bits, QuantLinear
-from .supernet import BitConfig, Supernet, largest
-
-OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul}
-
-
-class _Tracer(fx.Tracer):
-    """Keeps every quantizable layer whole, its norms included."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (QuantLinear, _BatchNorm)) or super().is_leaf_module(module, name)
-
-
-def traced(model: nn.Module) -> fx.GraphModule:
-    """The network as a graph of layers (torch.fx) in which no operation overwrites its input."""
-    graph = _Tracer().trace(model)
-    for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = OUT_OF_PLACE.get(node.target, node.target)
-            if "inplace" in node.kwargs:
-                node.update_kwarg("inplace", False)
-        elif node.op == "call_method" and not node.target.endswith("__"):
-            node.target = node.target.removesuffix("_")  # add_ -> add
-    return fx.GraphModule(model, graph)
-
-
-@contextmanager
-def out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block, none of `modules`, which have the option, overwrites its input."""
-    try:
-        for module in modules:
-            module.inplace = False
-        yield
-    finally:
-        for module in modules:
-            module.inplace = True
+from .layers import Bits
+from .supernet import BitConfig, Supernet, Tracer, largest
 
 
 class Incremental(fx.Interpreter):
@@ -55,11 +16,8 @@ class Incremental(fx.Interpreter):
     """
 
     def __init__(self, supernet: Supernet, x: Tensor):
-        super().__init__(traced(supernet.model))
+        super().__init__(fx.GraphModule(supernet.model, Tracer().trace(supernet.model)))
         self.supernet, self.x = supernet, x
-        called = [n.target for n in self.module.graph.nodes if n.op == "call_module"]
-        modules = [supernet.model.get_submodule(name) for name in called]
-        self.inplace = [m for m in modules if getattr(m, "inplace", False)]
         self.last: dict[str, Bits] = {}
         config = largest(supernet.candidates)
         with torch.no_grad():
@@ -76,14 +34,25 @@ class Incremental(fx.Interpreter):
         self.args_iter = iter([self.x])
         changed = {name for name in config if config[name] != self.last.get(name)}
         stale: set[fx.Node] = set()
-        with out_of_place(self.inplace):
-            for node in self.module.graph.nodes:
-                if (
-                    node not in self.env
-                    or node.target in changed
-                    or not stale.isdisjoint(node.all_input_nodes)
-                ):
-                    stale.add(node)
-                    self.env[node] = self.run_node(node)
+        for node in self.module.graph.nodes:
+            if (
+                node not in self.env
+                or node.target in changed
+                or not stale.isdisjoint(node.all_input_nodes)
+            ):
+                stale.add(node)
+                self.env[node] = self.run_node(node)
         self.last = dict(config)
         return self.env[node]
+
+    def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[tuple, dict]:
+        """A node's inputs; a copy of the first if it is written over (`x += y`, ReLU in place)."""
+        args, kwargs = super().fetch_args_kwargs_from_env(node)
+        operation = node.target
+        if node.op == "call_module":
+            operation = self.module.get_submodule(node.target)
+        name = getattr(operation, "__name__", str(node.target))
+        in_place = kwargs.get("inplace") or getattr(operation, "inplace", False)
+        if in_place or name in ("iadd", "imul") or (name.endswith("_") and name[-2:] != "__"):
+            args = (args[0].clone(), *args[1:])
+        return args, kwargs

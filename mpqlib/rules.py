@@ -1,5 +1,6 @@
-"""Which rule of the greedy search is best: its parts, one at a time and together."""
+"""Which rule of the greedy search is best: its parts, one at a time and together, and in time."""
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -8,10 +9,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .cost import bitops_at
+from .evaluation import batch_statistics, layer_norms, outside_norms
 from .search import batch_error, greedy
-from .supernet import Supernet
+from .supernet import BitConfig, Supernet
 
 
 def wrong(logits: Tensor, y: Tensor) -> Tensor:
@@ -21,19 +24,32 @@ def wrong(logits: Tensor, y: Tensor) -> Tensor:
 
 # Options of `greedy`; `score`: "top-1" in the place of the loss; `images`: share of those at hand.
 VARIANTS: dict[str, dict] = {
-    "paper": {},
-    "paper, no moves up": dict(up=False),
-    "paper, jointly": dict(weights_first=False),
-    "paper, jointly, no moves up": dict(up=False, weights_first=False),
-    "ratio": dict(rule="ratio"),
-    "ratio, no moves up": dict(rule="ratio", up=False),
-    "ratio, jointly, no moves up": dict(rule="ratio", up=False, weights_first=False),
-    "paper, by top-1": dict(score="top-1"),
-    "paper, half of the images": dict(images=0.5),
-    "ratio, jointly, no moves up, half of the images": dict(
-        rule="ratio", up=False, weights_first=False, images=0.5
-    ),
+    "paper": dict(rule="paper"),
+    "paper, no moves up": dict(rule="paper", up=False),
+    "paper, jointly": dict(rule="paper", weights_first=False),
+    "paper, jointly, no moves up": dict(rule="paper", up=False, weights_first=False),
+    "ratio": dict(rule="ratio", up=True),
+    "ratio, no moves up": dict(rule="ratio"),
+    "ratio, jointly, no moves up": dict(rule="ratio", weights_first=False),
+    "paper, by top-1": dict(rule="paper", score="top-1"),
+    "paper, half of the images": dict(rule="paper", images=0.5),
+    "ratio, no moves up, half of the images": dict(rule="ratio", images=0.5),
 }
+
+
+def tried(
+    supernet: Supernet, x: Tensor, y: Tensor, levels: Sequence[float], variant: Mapping
+) -> list[tuple[float, BitConfig, int]]:
+    """What one variant finds on x (N, C, H, W), y (N): level, configuration, evaluations."""
+    options, found = dict(variant), []
+    loss = {"loss": cross_entropy, "top-1": wrong}[options.pop("score", "loss")]
+    n = round(len(y) * options.pop("images", 1))
+    error = cache(batch_error(supernet, x[:n], y[:n], loss))
+    for level in levels:
+        asked = cache(error)  # the levels share what they ask, and are counted one by one
+        step = greedy(supernet, asked, bitops_at(supernet.table, level), **options)[-1]
+        found.append((level, step.config, asked.cache_info().currsize))
+    return found
 
 
 def judged(
@@ -41,28 +57,65 @@ def judged(
     x: Tensor,
     y: Tensor,
     images: int,
+    batches: int,
     levels: Sequence[float],
     variants: Mapping[str, Mapping],
 ) -> list[dict]:
-    """What each variant finds on the first `images` of x (N, C, H, W), y (N), at each level: rows.
+    """What each variant finds on each of the first `batches` of so many `images`: rows.
 
-    `judged`: the cross-entropy on the other images, which no search has seen; `evaluations`: how
-    many configurations it took. Levels as in `bitops_at`; `variants`: some of VARIANTS.
+    x: images (N, C, H, W), y: labels (N). `judged`: the cross-entropy on all other images, which
+    that search has not seen; `evaluations`: how many configurations it took. Levels as in
+    `bitops_at`; `variants`: some of VARIANTS. Raises ValueError where no image is left to judge on.
     """
-    judge, rows = batch_error(supernet, x[images:], y[images:]), []
-    for name, variant in variants.items():
-        options = dict(variant)
-        loss = {"loss": torch.nn.functional.cross_entropy, "top-1": wrong}[
-            options.pop("score", "loss")
-        ]
-        n = round(images * options.pop("images", 1))
-        error = cache(batch_error(supernet, x[:n], y[:n], loss))
-        for level in levels:
-            asked = cache(error)  # the levels share what they ask, and are counted one by one
-            step = greedy(supernet, asked, bitops_at(supernet.table, level), **options)[-1]
-            found = {"judged": judge(step.config), "evaluations": asked.cache_info().currsize}
-            rows.append({"arm": name, "level": level, **found})
+    if batches * images > len(y) or images == len(y):
+        raise ValueError(f"images={images}, batches={batches}: there are only {len(y)} images")
+    rows = []
+    for batch in range(batches):
+        seen = (torch.arange(len(y), device=y.device) // images) == batch
+        judge = batch_error(supernet, x[~seen], y[~seen])
+        for name, variant in variants.items():
+            for level, config, count in tried(supernet, x[seen], y[seen], levels, variant):
+                found = {"judged": judge(config), "evaluations": count}
+                rows.append({"arm": name, "level": level, "batch": batch, **found})
     return rows
+
+
+def literal_error(supernet: Supernet, x: Tensor, y: Tensor):
+    """`batch_error` by a whole pass for every configuration."""
+    outside = outside_norms(supernet.eval())
+
+    @torch.inference_mode()
+    def error(config: BitConfig) -> float:
+        with batch_statistics(layer_norms(supernet, config) + outside):
+            return float(cross_entropy(supernet(x, config), y))
+
+    return error
+
+
+def timed(supernet: Supernet, x: Tensor, y: Tensor, level: float, arm: str) -> dict:
+    """Time (s), passes, steps and final error of one search to `level`, as in `bitops_at`.
+
+    `arm`: "fast", the default of `greedy`; "literal", RFQuant's rule as it is stated, with a whole
+    pass for every move at every step.
+    """
+    options = dict(rule="paper", exact=True) if arm == "literal" else {}
+    error = (literal_error if arm == "literal" else batch_error)(supernet, x, y)
+    asked, budget, start = [], bitops_at(supernet.table, level), time.perf_counter()
+    path = greedy(supernet, lambda config: asked.append(config) or error(config), budget, **options)
+    spent, end = time.perf_counter() - start, path[-1]
+    costs = dict(seconds=spent, passes=len(asked), steps=len(path) - 1)
+    return {"arm": arm, "level": level, "error": end.error} | costs
+
+
+def side_by_side(
+    supernet: Supernet,
+    x: Tensor,
+    y: Tensor,
+    levels: Sequence[float],
+    arms: Sequence[str] = ("fast", "literal"),
+) -> list[dict]:
+    """`timed` for each level and arm: rows."""
+    return [timed(supernet, x, y, level, arm) for level in levels for arm in arms]
 
 
 def differences_plot(differences: pd.DataFrame, base: str, label: str) -> Figure:

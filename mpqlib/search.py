@@ -1,4 +1,4 @@
-"""Inference-only bidirectional greedy search for the best bit-widths under a BitOPs budget."""
+"""Greedy search, by inference alone, for the best bit-widths under a BitOPs or size limit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -144,13 +144,20 @@ def ratio_scores(errors: Sequence[float], costs: Sequence[float], error: float, 
     return [(e - error) / (cost - c) for e, c in zip(errors, costs, strict=True)]
 
 
-RULES = {"paper": paper_scores, "ratio": ratio_scores}
+class Rule(NamedTuple):
+    """How a move is chosen: that of the least score, of moves down or, with `up`, up as well."""
+
+    scores: Callable
+    up: bool
+
+
+RULES = {"ratio": Rule(ratio_scores, up=False), "paper": Rule(paper_scores, up=True)}
 
 
 def best_move(
-    costs: Mapping[Move, float], errors: Errors, cost: float, rule: str, exact: bool
+    costs: Mapping[Move, float], errors: Errors, cost: float, rule: Callable, exact: bool
 ) -> Move:
-    """The move with the least score by `rule`, one of RULES.
+    """The move with the least score by `rule`, such as `paper_scores`.
 
     `costs`: after each move; `cost`: now. Measured are moves never seen, and then the best until it
     is a fresh one; with `exact`, all of them.
@@ -160,7 +167,7 @@ def best_move(
             errors.measure(move)
     while True:
         after = [errors[move] for move in costs]
-        scores = RULES[rule](after, list(costs.values()), errors.now.error, cost)
+        scores = rule(after, list(costs.values()), errors.now.error, cost)
         best = list(costs)[scores.index(min(scores))]
         if best in errors.fresh:
             return best
@@ -173,25 +180,27 @@ def greedy(
     budget: float = inf,
     *,
     size: float = inf,
-    rule: str = "paper",
-    up: bool = True,
+    rule: str = "ratio",
+    up: bool | None = None,
     weights_first: bool = True,
     start: BitConfig | None = None,
     exact: bool = False,
 ) -> list[Step]:
-    """Bidirectional greedy search (RFQuant, arXiv 2401.01543): the path from `start` to the limits.
+    """Greedy search by inference alone (RFQuant, arXiv 2401.01543): the path from `start` down.
 
-    Each step tries every layer one candidate down and, with `up`, one up, and takes the best move
-    by `rule`, one of RULES. A move up must lead to a configuration that none on the path dominates,
-    with no more error at no more cost: so the search does not wander, and it ends. `weights_first`:
-    weights move until `weight_target`, then activations, then both, should the limits not hold yet;
-    else both from the start. `budget`: BitOPs per image; `size`: MB of weights; the cost is the
-    largest share of a limit. `start`: the largest bits if None. `exact`: measure every move at
-    every step, as the paper does, at many times the price. The last step is the result. Raises
-    ValueError for an unknown rule, or limits below the smallest bits.
+    Each step tries every layer one candidate down and takes the best move. By the rule "ratio" it
+    is the one that adds the least error for what it saves; by "paper", RFQuant's, that of the least
+    weighted sum of both, and moves up count as well. `up` says otherwise. A move up must lead to
+    what nothing on the path dominates, with no more error at no more cost, so that the search ends.
+    `weights_first`: weights move until `weight_target`, then activations, then both, should the
+    limits not hold yet; else both from the start. `budget`: BitOPs per image; `size`: MB of
+    weights; the cost is the largest share of a limit. `start`: the largest bits if None. `exact`:
+    measure every move at every step, as the paper does, at many times the price. The last step is
+    the result. Raises ValueError for an unknown rule, or limits below the smallest bits.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not allowed: one of {list(RULES)}")
+    scores, up = RULES[rule].scores, RULES[rule].up if up is None else up
     table, candidates = supernet.table, supernet.candidates
     config = start or largest(candidates)
     path = [Step(config, error(config), bitops(table, config))]
@@ -209,12 +218,12 @@ def greedy(
                 costs = {move: c for move, c in costs.items() if c != now}
                 if not any(c < now for c in costs.values()):
                     break
-                best = best_move(costs, errors, now, rule, exact)
+                best = best_move(costs, errors, now, scores, exact)
                 while costs[best] > now and any(
                     s.error <= errors[best] and cost(s.config) <= costs[best] for s in path
                 ):
                     del costs[best]
-                    best = best_move(costs, errors, now, rule, exact)
+                    best = best_move(costs, errors, now, scores, exact)
                 config = best.of(config)
                 path.append(Step(config, errors[best], bitops(table, config)))
                 errors.advance(best, path[-1])

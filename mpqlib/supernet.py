@@ -71,11 +71,11 @@ class LayerInfo:
     candidates: Candidates
 
 
-class _Tracer(fx.Tracer):
-    """Keeps whole every layer that is to be quantized or paired, subclasses included (timm's)."""
+class Tracer(fx.Tracer):
+    """Keeps whole all layers that are or can be quantized or paired, subclasses (timm's) too."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        kept = isinstance(module, (nn.Conv2d, nn.Linear, _BatchNorm))
+        kept = isinstance(module, (QuantLinear, nn.Conv2d, nn.Linear, _BatchNorm))
         return kept or super().is_leaf_module(module, name)
 
 
@@ -99,7 +99,7 @@ def _following_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | No
 def _trace(model: nn.Module) -> _Structure:
     """Layers, conv-norm pairs and edges of `model`; raises ValueError if torch.fx cannot trace."""
     try:
-        graph = _Tracer().trace(model)
+        graph = Tracer().trace(model)
     except Exception as error:
         raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
     modules = dict(model.named_modules())

@@ -23,7 +23,7 @@ SETTING = ablation.Setting(
     batch_size=32,
     lr=0.02,
     search_images=16,
-    search={"rule": "ratio", "up": False, "weights_first": False},
+    search={"weights_first": False},
 )
 
 

@@ -30,9 +30,9 @@ LINE = [
     "incremental",
     "search",
     "deploy",
-    "plots",
     "report",
 ]
+PICTURES = ["plots"]  # beside the line, which needs none: for notebooks and studies
 LEAVES = ["data", "models"]  # import nothing of ours
 STUDIES = [
     "regression",
@@ -56,11 +56,13 @@ def allowed(module: str) -> set[str]:
     """Modules of mpqlib that `module` may import."""
     if module in LEAVES:
         return set()
+    if module in PICTURES:
+        return {*LINE}
     if module in STUDIES:
-        return {*LINE, *LEAVES}
+        return {*LINE, *LEAVES, *PICTURES}
     if module in LINE:
         return {*LINE[: LINE.index(module)], *LEAVES}
-    raise ValueError(f"{module} has no place in LINE, LEAVES or STUDIES")
+    raise ValueError(f"{module} has no place in LINE, LEAVES, PICTURES or STUDIES")
 
 
 def own_imports(tree: ast.AST) -> set[str]:
@@ -129,7 +131,7 @@ def code_lines(path: Path) -> int:
 
 def test_core_line_is_short():
     lengths = {m.stem: code_lines(m) for m in MODULES if m.stem in LINE}
-    assert sum(lengths.values()) < 1300, lengths
+    assert sum(lengths.values()) < 1200, lengths
 
 
 @each_module

@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from conftest import images
 from torch import nn
 
-from mpqlib import batch_error
 from mpqlib.benchmark import (
     exponent,
-    literal_error,
     parts_of_step,
     ratios,
     saved_bytes,
-    search_run,
     summary,
 )
 
@@ -47,11 +43,3 @@ def test_parts_of_a_step_add_up():
     shares = parts_of_step("test_resnet", size=32, batch=4)
     assert sum(shares.values()) == pytest.approx(100)
     assert all(share > 0 for share in shares.values())
-
-
-def test_literal_search_scores_alike_and_asks_more(supernet):
-    x, y = images(16, seed=3).tensors
-    config = supernet.uniform(3)
-    assert literal_error(supernet, x, y)(config) == batch_error(supernet, x, y)(config)
-    fast, literal = (search_run(supernet, x, y, 3, literal, up=False) for literal in (False, True))
-    assert literal["passes"] >= fast["passes"] > fast["steps"] > 0

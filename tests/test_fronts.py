@@ -20,7 +20,7 @@ from mpqlib.fronts import (
     regrets,
     restricted,
 )
-from mpqlib.rules import VARIANTS, judged
+from mpqlib.rules import VARIANTS, judged, literal_error, side_by_side
 from mpqlib.search import moves
 from mpqlib.supernet import sample
 
@@ -106,8 +106,17 @@ def test_rows_of_a_study_hold_every_arm_at_every_level(supernet):
 
 def test_every_variant_of_the_rule_is_judged_on_images_that_no_search_has_seen(supernet):
     x, y = images(32, seed=2).tensors
-    rows = judged(supernet, x, y, 16, [3, 3.5], VARIANTS)
+    rows = judged(supernet, x, y, 16, 1, [3, 3.5], VARIANTS)
     assert [(r["arm"], r["level"]) for r in rows] == list(itertools.product(VARIANTS, [3, 3.5]))
     budget = bitops_at(supernet.table, 3.5)
-    found = greedy(supernet, batch_error(supernet, x[:16], y[:16]), budget)[-1].config
+    error = batch_error(supernet, x[:16], y[:16])
+    found = greedy(supernet, error, budget, rule="paper")[-1].config
     assert rows[1]["judged"] == batch_error(supernet, x[16:], y[16:])(found)
+
+
+def test_literal_search_scores_alike_and_asks_more(supernet):
+    x, y = images(16, seed=3).tensors
+    config = supernet.uniform(3)
+    assert literal_error(supernet, x, y)(config) == batch_error(supernet, x, y)(config)
+    fast, literal = side_by_side(supernet, x, y, [3])
+    assert literal["passes"] >= fast["passes"] > fast["steps"] > 0

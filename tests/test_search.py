@@ -61,8 +61,8 @@ def made_up_error(seed):
     return error
 
 
-def literal_greedy(stand, error, budget):
-    """The rule read word by word, on plain dicts, every quantity computed anew."""
+def literal_greedy(stand, error, budget, rule):
+    """A rule read word by word, on plain dicts, every quantity computed anew."""
 
     def cost(bits):
         return sum(i.macs * bits[i.name][0] * bits[i.name][1] for i in stand.table)
@@ -91,8 +91,17 @@ def literal_greedy(stand, error, budget):
                             pair[kind] = offered[other]
                             changed = {**bits, info.name: tuple(pair)}
                             tries.append(changed)
-            if not [t for t in tries if cost(t) < cost(bits)]:
+            downwards = [t for t in tries if cost(t) < cost(bits)]
+            if not downwards:
                 break
+            if rule == "ratio":
+
+                def price(t, now=bits):
+                    return (value(t) - value(now)) / (cost(now) - cost(t))
+
+                bits = min(downwards, key=price)
+                path.append(dict(bits))
+                continue
 
             def scale(v, all_of_them):
                 low, high = min(all_of_them), max(all_of_them)
@@ -121,13 +130,13 @@ STANDS = st.lists(st.tuples(st.integers(1, 50), st.sampled_from(OFFERS)), min_si
 
 
 @settings(max_examples=60, deadline=None)
-@given(STANDS, st.integers(0, 999), st.floats(0, 1))
-def test_greedy_is_its_literal_rule_and_keeps_the_budget(layers, seed, share):
+@given(STANDS, st.integers(0, 999), st.floats(0, 1), st.sampled_from(["paper", "ratio"]))
+def test_greedy_is_its_literal_rule_and_keeps_the_budget(layers, seed, share, rule):
     stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
     ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
     budget = ends[0] + share * (ends[1] - ends[0])
-    path = greedy(stand, error, budget, exact=True)
-    literal = literal_greedy(stand, error, budget)
+    path = greedy(stand, error, budget, rule=rule, exact=True)
+    literal = literal_greedy(stand, error, budget, rule)
     assert [dict(step.config) for step in path] == literal
     assert path[-1].bitops <= budget
     for step in path:
@@ -137,13 +146,14 @@ def test_greedy_is_its_literal_rule_and_keeps_the_budget(layers, seed, share):
         assert sum(a.config[name] != b.config[name] for name in a.config) == 1
 
 
-def test_greedy_comes_near_the_best_of_all_configurations():
+@pytest.mark.parametrize("rule", ["paper", "ratio"])
+def test_greedy_comes_near_the_best_of_all_configurations(rule):
     ranks = []  # share of feasible configurations that are better than what was found
     for seed, share in itertools.product(range(10), (0.3, 0.5, 0.7)):
         stand, error = Stand((5, 20, 10), [((2, 3, 4, 5),) * 2] * 3), made_up_error(seed)
         budget = share * bitops(stand.table, largest(stand.candidates))
         feasible = [error(c) for c in stand.every() if bitops(stand.table, c) <= budget]
-        found = greedy(stand, error, budget)[-1].error
+        found = greedy(stand, error, budget, rule=rule)[-1].error
         assert found >= min(feasible)
         ranks.append(sum(e < found for e in feasible) / len(feasible))
     assert statistics.median(ranks) < 0.03
@@ -164,38 +174,40 @@ def test_greedy_on_a_network_against_exhaustion(supernet):
 
 
 @settings(max_examples=60, deadline=None)
-@given(STANDS, st.integers(0, 999), st.floats(0, 1))
-def test_fast_search_keeps_the_budget_and_its_errors_are_measured(layers, seed, share):
+@given(STANDS, st.integers(0, 999), st.floats(0, 1), st.sampled_from(["paper", "ratio"]))
+def test_fast_search_keeps_the_budget_and_its_errors_are_measured(layers, seed, share, rule):
     stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
     ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
     budget = ends[0] + share * (ends[1] - ends[0])
-    path = greedy(stand, error, budget)
+    path = greedy(stand, error, budget, rule=rule)
     assert path[-1].bitops <= budget
     for step in path:
         assert (step.error, step.bitops) == (error(step.config), bitops(stand.table, step.config))
 
 
-def test_fast_search_takes_the_exact_decisions_where_moves_do_not_interact():
+@pytest.mark.parametrize("rule", ["paper", "ratio"])
+def test_fast_search_takes_the_exact_decisions_where_moves_do_not_interact(rule):
     def error(config):  # a sum over layers: what a move changes never changes
-        return sum(i * 2.0**-b.weight + 2.0**-b.act for i, b in enumerate(config.values(), 1))
+        rows = enumerate(config.values(), 1)  # roots, so that no two moves score alike
+        return sum(i**0.5 * 2.0**-b.weight + i**0.3 * 2.0**-b.act for i, b in rows)
 
     calls = []
-    stand = Stand((5, 20, 10, 7), [((2, 3, 4, 5, 6),) * 2] * 4)
+    stand = Stand((5, 20, 10, 7, 13, 9, 17, 11), [((2, 3, 4, 5, 6),) * 2] * 8)
     budget = 0.4 * bitops(stand.table, largest(stand.candidates))
-    fast = greedy(stand, lambda c: calls.append(c) or error(c), budget)
+    fast = greedy(stand, lambda c: calls.append(c) or error(c), budget, rule=rule)
     measured = len(calls)
-    exact = greedy(stand, lambda c: calls.append(c) or error(c), budget, exact=True)
+    exact = greedy(stand, lambda c: calls.append(c) or error(c), budget, rule=rule, exact=True)
     assert [s.config for s in fast] == [s.config for s in exact]
     assert measured < (len(calls) - measured) / 2
 
 
 @settings(max_examples=20, deadline=None)
 @given(SMALL_STANDS, st.integers(0, 999), st.floats(0, 1))
-def test_ratio_downwards_is_its_literal_rule(layers, seed, share):
+def test_ratio_of_weights_and_activations_jointly_is_its_literal_rule(layers, seed, share):
     stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
     ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
     budget = ends[0] + share * (ends[1] - ends[0])
-    options = dict(rule="ratio", up=False, weights_first=False)
+    options = dict(rule="ratio", weights_first=False)
     path = greedy(stand, error, budget, exact=True, **options)
     assert path[-1].bitops <= budget
     for a, b in itertools.pairwise(path):
