@@ -52,9 +52,10 @@ def decay_outside_region(supernet: Supernet, weight_decay: float) -> None:
         weight, quantizer = layer.op.weight, layer.weight_quantizer
         bits = quantizer.bits[0]
         q_min, q_max = integer_range(bits, signed=True)
-        step = quantizer.step(bits)
-        outside = weight.clamp(q_min * step, q_max * step) != weight
-        weight.grad.add_(weight * outside, alpha=weight_decay)
+        # Weights that are inside, else 0, as hardtanh's gradient; in place, for there are many.
+        v = weight / quantizer.step(bits)
+        inside = torch.ops.aten.hardtanh_backward(weight, v, q_min, q_max)
+        weight.grad.sub_(inside.sub_(weight), alpha=weight_decay)
 
 
 def average_gradients(model: nn.Module) -> None:
