@@ -5,9 +5,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -118,6 +122,25 @@ def recalibration(
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The power of `sizes` by which `values` grow: slope of a straight line through the logs."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def growth_plot(searches: pd.DataFrame) -> Figure:
+    """Time of searches over the number of layers, both axes logarithmic.
+
+    `searches`: columns `model`, `layers`, `arm` and `seconds`.
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    style = dict(hue="arm", style="arm", s=60, palette="colorblind", ax=axis)
+    sns.scatterplot(searches, x="layers", y="seconds", **style)
+    for row in searches.itertuples():
+        place = dict(textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axis.annotate(row.model, (row.layers, row.seconds), **place)
+    axis.set(xlabel="layers with a choice of bits", ylabel="time of a search (s)")
+    axis.set(xscale="log", yscale="log", xlim=(None, 1.5 * searches["layers"].max()))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.legend(frameon=False, title="search", loc="upper left")
+    return figure
 
 
 def saved_bytes(model: nn.Module, *inputs) -> int:

@@ -1,5 +1,6 @@
 """Which rule of the greedy search is best: its parts, one at a time and together, and in time."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -92,8 +93,10 @@ def literal_error(supernet: Supernet, x: Tensor, y: Tensor):
     return error
 
 
-def timed(supernet: Supernet, x: Tensor, y: Tensor, level: float, arm: str) -> dict:
-    """Time (s), passes, steps and final error of one search to `level`, as in `bitops_at`.
+def timed(
+    supernet: Supernet, x: Tensor, y: Tensor, level: float, arm: str
+) -> tuple[BitConfig, dict[str, float]]:
+    """What one search to `level` (as in `bitops_at`) finds: error, time (s), passes and steps.
 
     `arm`: "fast", the default of `greedy`; "literal", RFQuant's rule as it is stated, with a whole
     pass for every move at every step.
@@ -104,18 +107,28 @@ def timed(supernet: Supernet, x: Tensor, y: Tensor, level: float, arm: str) -> d
     path = greedy(supernet, lambda config: asked.append(config) or error(config), budget, **options)
     spent, end = time.perf_counter() - start, path[-1]
     costs = dict(seconds=spent, passes=len(asked), steps=len(path) - 1)
-    return {"arm": arm, "level": level, "error": end.error} | costs
+    return end.config, {"error": end.error} | costs
 
 
 def side_by_side(
     supernet: Supernet,
     x: Tensor,
     y: Tensor,
+    images: int,
     levels: Sequence[float],
     arms: Sequence[str] = ("fast", "literal"),
 ) -> list[dict]:
-    """`timed` for each level and arm: rows."""
-    return [timed(supernet, x, y, level, arm) for level in levels for arm in arms]
+    """`timed` on the first `images` of x, y for each level and arm: rows.
+
+    `judged`: the cross-entropy on all other images, if there are any.
+    """
+    seen, rows = slice(images), []
+    judge = batch_error(supernet, x[images:], y[images:]) if images < len(y) else None
+    for level, arm in itertools.product(levels, arms):
+        config, found = timed(supernet, x[seen], y[seen], level, arm)
+        judged = {"judged": judge(config)} if judge else {}
+        rows.append({"arm": arm, "level": level, **found, **judged})
+    return rows
 
 
 def differences_plot(differences: pd.DataFrame, base: str, label: str) -> Figure:

@@ -118,5 +118,6 @@ def test_literal_search_scores_alike_and_asks_more(supernet):
     x, y = images(16, seed=3).tensors
     config = supernet.uniform(3)
     assert literal_error(supernet, x, y)(config) == batch_error(supernet, x, y)(config)
-    fast, literal = side_by_side(supernet, x, y, [3])
+    fast, literal = side_by_side(supernet, x, y, 12, [3])
+    assert all(row["judged"] > 0 for row in (fast, literal))
     assert literal["passes"] >= fast["passes"] > fast["steps"] > 0
