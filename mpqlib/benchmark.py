@@ -137,9 +137,11 @@ def growth_plot(searches: pd.DataFrame) -> Figure:
         axis.annotate(row.model, (row.layers, row.seconds), **place)
     axis.set(xlabel="layers with a choice of bits", ylabel="time of a search (s)")
     axis.set(xscale="log", yscale="log", xlim=(None, 1.5 * searches["layers"].max()))
+    axis.set(ylim=(None, 1.6 * searches["seconds"].max()))
+    axis.tick_params(axis="x", which="both", length=4, labelsize=9)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
-    axis.legend(frameon=False, title="search", loc="upper left")
+    axis.legend(frameon=False, title="search", loc="lower right")
     return figure
 
 
