@@ -18,12 +18,11 @@ from torch import Generator
 from .cost import bitops, bitops_at
 from .data import Splits
 from .layers import Candidates
+from .moves import Error, Step, moves
 from .plots import COLOURS
 from .report import measure
-from .search import Error, Step, greedy, moves
+from .search import greedy
 from .supernet import BitConfig, LayerInfo, Supernet, sample
-
-PARTS = ("weight", "act")
 
 
 def drawn(items: Sequence, generator: Generator) -> Iterator:
@@ -35,10 +34,10 @@ def fitted(supernet: Supernet, config: BitConfig, budget: float, generator: Gene
     """`config` after random moves: down until `budget` BitOPs hold, then up while they do."""
     table, candidates = supernet.table, supernet.candidates
     while bitops(table, config) > budget:
-        down = [m for m in moves(config, candidates, PARTS) if m.after < m.before]
+        down = [m for m in moves(config, candidates) if m.after < m.before]
         config = next(drawn(down, generator)).of(config)
     while True:
-        up = [m for m in moves(config, candidates, PARTS) if m.after > m.before]
+        up = [m for m in moves(config, candidates) if m.after > m.before]
         after = (move.of(config) for move in drawn(up, generator))
         fits = next((c for c in after if bitops(table, c) <= budget), None)
         if fits is None:

@@ -29,12 +29,13 @@ VARIANTS: dict[str, dict] = {
     "paper, no moves up": dict(rule="paper", up=False),
     "paper, jointly": dict(rule="paper", weights_first=False),
     "paper, jointly, no moves up": dict(rule="paper", up=False, weights_first=False),
-    "ratio": dict(rule="ratio", up=True),
-    "ratio, no moves up": dict(rule="ratio"),
-    "ratio, jointly, no moves up": dict(rule="ratio", weights_first=False),
+    "ratio": dict(),
+    "ratio, no moves up": dict(up=False),
+    "ratio, jointly": dict(weights_first=False),
+    "ratio, jointly, no moves up": dict(up=False, weights_first=False),
     "paper, by top-1": dict(rule="paper", score="top-1"),
     "paper, half of the images": dict(rule="paper", images=0.5),
-    "ratio, no moves up, half of the images": dict(rule="ratio", images=0.5),
+    "ratio, half of the images": dict(images=0.5),
 }
 
 

@@ -1,10 +1,9 @@
 """Greedy search, by inference alone, for the best bit-widths under a BitOPs or size limit."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from math import inf, sqrt
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +13,10 @@ from tqdm.auto import tqdm
 from .cost import bitops, layer_bitops, model_size
 from .evaluation import batch_statistics, layer_norms, outside_norms
 from .incremental import Incremental
-from .layers import Candidates
-from .supernet import BitConfig, LayerInfo, Supernet, largest
+from .moves import PARTS, Error, Errors, Move, Step, after, moves
+from .supernet import BitConfig, LayerInfo, Supernet, largest, smallest
 
-Error = Callable[[BitConfig], float]
 ALPHA = 1.5  # weight of the error in the paper's score (RFQuant's release)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One accepted move: the configuration it led to, its error and its BitOPs."""
-
-    config: BitConfig
-    error: float
-    bitops: int
 
 
 def batch_error(
@@ -51,35 +40,6 @@ def batch_error(
             return float(loss(logits(config), y))
 
     return error
-
-
-class Move(NamedTuple):
-    """A change of one of a layer's bit-widths, `part`: "weight" or "act"."""
-
-    layer: str
-    part: str
-    before: int
-    after: int
-
-    def of(self, config: BitConfig) -> BitConfig:
-        """The configuration that it leads to from `config`."""
-        return config.replace(self.layer, config[self.layer]._replace(**{self.part: self.after}))
-
-
-def moves(
-    config: BitConfig, candidates: Mapping[str, Candidates], parts: Sequence[str], up: bool = True
-) -> Iterator[Move]:
-    """Every move one candidate down or, with `up`, up from `config` in one bit-width of one layer.
-
-    `parts`: which of a layer's bit-widths may move, "weight", "act" or both.
-    """
-    for name, bits in config.items():
-        for part in parts:
-            offered, now = getattr(candidates[name], part), getattr(bits, part)
-            at = offered.index(now)
-            for to in (at - 1, at + 1)[: 1 + up]:
-                if 0 <= to < len(offered):
-                    yield Move(name, part, now, offered[to])
 
 
 def normalised(values: Sequence[float]) -> list[float]:
@@ -106,33 +66,6 @@ def share(table: Sequence[LayerInfo], config: BitConfig, budget: float, size: fl
     return max(bitops(table, config) / budget, model_size(table, config) / size)
 
 
-@dataclass
-class Errors:
-    """What is known of the errors after each move, much of it measured at earlier steps.
-
-    A move is taken to change the error by as much as it did when it was last measured.
-    """
-
-    error: Error
-    now: Step
-    changes: dict[Move, float] = field(default_factory=dict)  # error after a move less before
-    fresh: dict[Move, float] = field(default_factory=dict)  # errors measured at the present step
-
-    def measure(self, move: Move) -> None:
-        """Measures the error after `move` at the present step."""
-        self.fresh[move] = self.error(move.of(self.now.config))
-        self.changes[move] = self.fresh[move] - self.now.error
-
-    def __getitem__(self, move: Move) -> float:
-        return self.fresh.get(move, self.now.error + self.changes[move])
-
-    def advance(self, move: Move, step: Step) -> None:
-        """Goes on from `step`, to which `move` led; the way back undoes its change."""
-        back = move._replace(before=move.after, after=move.before)
-        self.changes[back] = -self.changes[move]
-        self.now, self.fresh = step, {}
-
-
 def paper_scores(errors: Sequence[float], costs: Sequence[float], error: float, cost: float):
     """1.5 * (normalised error) + (normalised cost) after each move (RFQuant)."""
     terms = zip(normalised(errors), normalised(costs), strict=True)
@@ -144,34 +77,93 @@ def ratio_scores(errors: Sequence[float], costs: Sequence[float], error: float, 
     return [(e - error) / (cost - c) for e, c in zip(errors, costs, strict=True)]
 
 
-class Rule(NamedTuple):
-    """How a move is chosen: that of the least score, of moves down or, with `up`, up as well."""
-
-    scores: Callable
-    up: bool
-
-
-RULES = {"ratio": Rule(ratio_scores, up=False), "paper": Rule(paper_scores, up=True)}
+RULES = {"ratio": ratio_scores, "paper": paper_scores}
 
 
 def best_move(
-    costs: Mapping[Move, float], errors: Errors, cost: float, rule: Callable, exact: bool
+    costs: Mapping[Move, float], errors: Errors, cost: float, scores: Callable, exact: bool
 ) -> Move:
-    """The move with the least score by `rule`, such as `paper_scores`.
+    """The move with the least of `scores`, such as `paper_scores`.
 
     `costs`: after each move; `cost`: now. Measured are moves never seen, and then the best until it
     is a fresh one; with `exact`, all of them.
     """
-    for move in costs:
-        if move not in errors.fresh and (exact or move not in errors.changes):
-            errors.measure(move)
+    errors.prepare((m for m in costs if m not in errors.fresh), exact)
     while True:
-        after = [errors[move] for move in costs]
-        scores = rule(after, list(costs.values()), errors.now.error, cost)
-        best = list(costs)[scores.index(min(scores))]
+        known = [errors[move] for move in costs]
+        found = scores(known, list(costs.values()), errors.now.error, cost)
+        best = list(costs)[found.index(min(found))]
         if best in errors.fresh:
             return best
-        errors.measure(best)
+        errors.measure([best])
+
+
+def descent(
+    errors: Errors, supernet: Supernet, phases: Mapping, size: float, scores, up: bool, exact: bool
+) -> Iterator[Step]:
+    """Steps down until the limits of all `phases`, parts that may move -> BitOPs, and `size` hold.
+
+    A step up must lead to what nothing on the path dominates, with no more error at no more cost,
+    so that the search ends.
+    """
+    path = [errors.now]
+    for parts, target in phases.items():
+        cost = partial(share, supernet.table, budget=target, size=size)
+        while (now := cost(config := errors.now.config)) > 1:
+            offered = moves(config, supernet.candidates, parts, up)
+            costs = {move: c for move in offered if (c := cost(move.of(config))) != now}
+            if not any(c < now for c in costs.values()):
+                break
+            best = best_move(costs, errors, now, scores, exact)
+            while costs[best] > now and any(
+                s.error <= errors[best] and cost(s.config) <= costs[best] for s in path
+            ):
+                del costs[best]
+                best = best_move(costs, errors, now, scores, exact)
+            config = best.of(config)
+            path.append(Step(config, errors[best], bitops(supernet.table, config)))
+            yield errors.advance(path[-1], best)
+
+
+def promising(
+    errors: Errors, supernet: Supernet, budget: float, size: float, exact: bool
+) -> tuple[Move, ...]:
+    """The move up, alone or with one down, that promises the least error within the limits.
+
+    What a pair promises is the sum of what its moves change one by one, measured when it is about
+    to be taken. Empty where nothing promises less error than there is now.
+    """
+    config, now = errors.now.config, errors.now.error
+    every = list(moves(config, supernet.candidates))
+    errors.prepare(every, exact)
+    ups, downs = ([m for m in every if (m.after > m.before) == up] for up in (True, False))
+    pairs = [(up,) for up in ups] + [(u, d) for u in ups for d in downs if d[:2] != u[:2]]
+
+    @cache
+    def fits(pair: tuple[Move, ...]) -> bool:
+        return share(supernet.table, after(config, pair), budget, size) <= 1
+
+    while True:
+        promised = {pair: sum(errors[move] - now for move in pair) for pair in pairs}
+        less = sorted((p for p in pairs if promised[p] < 0), key=promised.__getitem__)
+        best = next(filter(fits, less), ())
+        stale = [move for move in best if move not in errors.fresh]
+        if not stale:
+            return best
+        errors.measure(stale)
+
+
+def exchanges(
+    errors: Errors, supernet: Supernet, budget: float, size: float, exact: bool
+) -> Iterator[Step]:
+    """Steps on within the limits, by moves that are `promising`, as long as the error gets less."""
+    errors = Errors(errors.error, errors.now)  # what was measured on the way down is out of date
+    while taken := promising(errors, supernet, budget, size, exact):
+        config = after(errors.now.config, taken)
+        step = Step(config, errors.error(config), bitops(supernet.table, config))
+        if step.error >= errors.now.error:
+            break
+        yield errors.advance(step, *taken)
 
 
 def greedy(
@@ -181,54 +173,39 @@ def greedy(
     *,
     size: float = inf,
     rule: str = "ratio",
-    up: bool | None = None,
+    up: bool = True,
     weights_first: bool = True,
     start: BitConfig | None = None,
     exact: bool = False,
 ) -> list[Step]:
-    """Greedy search by inference alone (RFQuant, arXiv 2401.01543): the path from `start` down.
+    """Bidirectional greedy search by inference alone (RFQuant, arXiv 2401.01543): its path.
 
-    Each step tries every layer one candidate down and takes the best move. By the rule "ratio" it
-    is the one that adds the least error for what it saves; by "paper", RFQuant's, that of the least
-    weighted sum of both, and moves up count as well. `up` says otherwise. A move up must lead to
-    what nothing on the path dominates, with no more error at no more cost, so that the search ends.
-    `weights_first`: weights move until `weight_target`, then activations, then both, should the
-    limits not hold yet; else both from the start. `budget`: BitOPs per image; `size`: MB of
-    weights; the cost is the largest share of a limit. `start`: the largest bits if None. `exact`:
-    measure every move at every step, as the paper does, at many times the price. The last step is
-    the result. Raises ValueError for an unknown rule, or limits below the smallest bits.
+    By the rule "ratio" each step moves the layer down by one candidate that adds the least error
+    for what it saves; once the limits hold, a move up is exchanged for one down as long as the
+    error gets less. By "paper", RFQuant's, moves up and down compete at every step for the least
+    weighted sum of error and cost. `up`: False leaves moves up out. `weights_first`: weights move
+    until `weight_target`, then activations, then both, should the limits not hold yet; else both
+    from the start. `budget`: BitOPs per image; `size`: MB of weights; the cost is the largest share
+    of a limit. `start`: the largest bits if None. `exact`: measure every move at every step, as the
+    paper does, at many times the price. The last step is the result. Raises ValueError for an
+    unknown rule, or limits below the smallest bits.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not allowed: one of {list(RULES)}")
-    scores, up = RULES[rule].scores, RULES[rule].up if up is None else up
-    table, candidates = supernet.table, supernet.candidates
-    config = start or largest(candidates)
+    table, config = supernet.table, start or largest(supernet.candidates)
+    if share(table, smallest(supernet.candidates), budget, size) > 1:
+        raise ValueError(f"budget={budget / 1e9} G, size={size} MB: no configuration is so small")
     path = [Step(config, error(config), bitops(table, config))]
     errors = Errors(error, path[0])
-    phases = {("weight", "act"): budget}
+    phases = {PARTS: budget}
     if weights_first:
         phases = {("weight",): weight_target(table, config, budget), ("act",): budget} | phases
-    with tqdm(desc="search", unit=" steps", leave=False) as bar:
-        for parts, target in phases.items():
-            cost = partial(share, table, budget=target, size=size)
-            while (now := cost(config)) > 1:
-                costs = {
-                    move: cost(move.of(config)) for move in moves(config, candidates, parts, up)
-                }
-                costs = {move: c for move, c in costs.items() if c != now}
-                if not any(c < now for c in costs.values()):
-                    break
-                best = best_move(costs, errors, now, scores, exact)
-                while costs[best] > now and any(
-                    s.error <= errors[best] and cost(s.config) <= costs[best] for s in path
-                ):
-                    del costs[best]
-                    best = best_move(costs, errors, now, scores, exact)
-                config = best.of(config)
-                path.append(Step(config, errors[best], bitops(table, config)))
-                errors.advance(best, path[-1])
-                bar.update()
-                bar.set_postfix_str(f"{path[-1].bitops / 1e9:.3f} of {budget / 1e9:.3f} G BitOPs")
-    if share(table, config, budget, size) > 1:
-        raise ValueError(f"budget={budget / 1e9} G, size={size} MB: no configuration is so small")
+    competing = up and rule == "paper"
+    steps = descent(errors, supernet, phases, size, RULES[rule], competing, exact)
+    if up and rule == "ratio":
+        steps = chain(steps, exchanges(errors, supernet, budget, size, exact))
+    for step in (bar := tqdm(steps, "search", unit=" steps", leave=False)):
+        path.append(step)
+        done = f"{step.bitops / 1e9:.3f} of {budget / 1e9:.3f} G BitOPs"
+        bar.set_postfix_str(done, refresh=False)
     return path

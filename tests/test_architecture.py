@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import only from its left; what `training` is made of (from
-# `checkpoint` to `evaluation`) stands right before it.
+# `checkpoint` to `evaluation`), and what `search` is, stands right before it.
 LINE = [
     "quantizer",
     "layers",
@@ -28,6 +28,7 @@ LINE = [
     "evaluation",
     "training",
     "incremental",
+    "moves",
     "search",
     "deploy",
     "report",

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mpqlib import BitConfig, batch_error, bitops, greedy, largest, smallest
 from mpqlib.layers import Candidates
-from mpqlib.search import moves, weight_target
+from mpqlib.moves import moves
+from mpqlib.search import weight_target
 from mpqlib.supernet import LayerInfo
 
 
@@ -120,7 +121,43 @@ def literal_greedy(stand, error, budget, rule):
                 tries.remove(best)
             bits = best
             path.append(dict(bits))
-    return path
+    return path + (literal_exchanges(stand, error, budget, bits) if rule == "ratio" else [])
+
+
+def literal_exchanges(stand, error, budget, bits):
+    """One bit-width up, or one up and another down, while that promises and brings less error."""
+
+    def cost(bits):
+        return sum(i.macs * bits[i.name][0] * bits[i.name][1] for i in stand.table)
+
+    def value(bits):
+        return error(BitConfig.of(bits))
+
+    def moved(bits, name, kind, way):
+        offered = list(stand.candidates[name][kind])
+        pair = list(bits[name])
+        pair[kind] = dict(enumerate(offered)).get(offered.index(pair[kind]) + way)
+        return {**bits, name: tuple(pair)} if pair[kind] else None
+
+    path, places = [], [(name, kind) for name in bits for kind in (0, 1)]
+    while True:
+        offers = []
+        for place in places:
+            if raised := moved(bits, *place, +1):
+                gain = value(raised) - value(bits)
+                offers.append((gain, raised))
+                for other in places:
+                    if other != place and (lowered := moved(bits, *other, -1)):
+                        both = moved(raised, *other, -1)
+                        offers.append((gain + (value(lowered) - value(bits)), both))
+        offers = [(promise, b) for promise, b in offers if promise < 0 and cost(b) <= budget]
+        if not offers:
+            return path
+        best = min(offers, key=lambda offer: offer[0])[1]
+        if value(best) >= value(bits):
+            return path
+        bits = best
+        path.append(dict(bits))
 
 
 OFFERS = [((2, 3, 4, 5, 6),) * 2, ((3, 4, 5, 6),) * 2, ((2, 4), (3, 6)), ((8,), (8,))]
@@ -143,7 +180,8 @@ def test_greedy_is_its_literal_rule_and_keeps_the_budget(layers, seed, share, ru
         assert step.bitops == bitops(stand.table, step.config)
         assert step.error == error(step.config)
     for a, b in itertools.pairwise(path):
-        assert sum(a.config[name] != b.config[name] for name in a.config) == 1
+        changed = sum(a.config[n][k] != b.config[n][k] for n in a.config for k in (0, 1))
+        assert changed == 1 or (rule == "ratio" and changed == 2 and a.bitops <= budget)
 
 
 @pytest.mark.parametrize("rule", ["paper", "ratio"])
@@ -183,12 +221,18 @@ def test_fast_search_keeps_the_budget_and_its_errors_are_measured(layers, seed, 
     assert path[-1].bitops <= budget
     for step in path:
         assert (step.error, step.bitops) == (error(step.config), bitops(stand.table, step.config))
+    down = greedy(stand, error, budget, rule=rule, up=False)
+    assert all(a.bitops > b.bitops for a, b in itertools.pairwise(down))
+    if rule == "ratio":  # exchanges follow on the same way down, each to a lower error
+        assert path[: len(down)] == down
+        errors = [step.error for step in path[len(down) - 1 :]]
+        assert errors == sorted(set(errors), reverse=True)
 
 
 @pytest.mark.parametrize("rule", ["paper", "ratio"])
 def test_fast_search_takes_the_exact_decisions_where_moves_do_not_interact(rule):
     def error(config):  # a sum over layers: what a move changes never changes
-        rows = enumerate(config.values(), 1)  # roots, so that no two moves score alike
+        rows = enumerate(config.values(), 2)  # roots, so that no two moves score alike
         return sum(i**0.5 * 2.0**-b.weight + i**0.3 * 2.0**-b.act for i, b in rows)
 
     calls = []
@@ -207,7 +251,7 @@ def test_ratio_of_weights_and_activations_jointly_is_its_literal_rule(layers, se
     stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
     ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
     budget = ends[0] + share * (ends[1] - ends[0])
-    options = dict(rule="ratio", weights_first=False)
+    options = dict(rule="ratio", weights_first=False, up=False)
     path = greedy(stand, error, budget, exact=True, **options)
     assert path[-1].bitops <= budget
     for a, b in itertools.pairwise(path):
