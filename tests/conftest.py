@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from mpqlib import Supernet
+from mpqlib import Supernet, comparison
 
 
 class TinyNet(nn.Module):
@@ -46,3 +46,30 @@ def dataset() -> TensorDataset:
 def supernet() -> Supernet:
     torch.manual_seed(0)
     return Supernet(TinyNet(), images(16, seed=1).tensors[0], (2, 3, 4))
+
+
+def measured(name, cost, search, test, loss=1.0):
+    """One configuration's row of a comparison."""
+    return {
+        "configuration": name,
+        "bitops_g": cost,
+        "size_mb": cost,
+        "search_top1": search,
+        "search_loss": loss,
+        "top1": test,
+        "top1_low": test - 2,
+        "top1_high": test + 2,
+    }
+
+
+@pytest.fixture
+def metrics(supernet):
+    """A searched policy among uniform ones, made up."""
+    rows = [
+        measured("searched", 2.9, 80.0, 75.0),
+        measured("uniform 2", 1.0, 60.0, 99.0),  # best on the test split, which must not choose
+        measured("uniform 3", 2.0, 70.0, 72.0),
+        measured("uniform 4", 4.0, 90.0, 90.0),
+    ]
+    top1 = {"top1": 91.0, "top1_low": 89.0, "top1_high": 93.0}
+    return comparison.beside_float(rows, top1, supernet.table)

@@ -36,6 +36,7 @@ LINE = [
 PICTURES = ["plots"]  # beside the line, which needs none: for notebooks and studies
 LEAVES = ["data", "models"]  # import nothing of ours
 STUDIES = [
+    "comparison",
     "regression",
     "probes",
     "ablation",

@@ -1,4 +1,4 @@
-"""What a run stores: intervals, comparison, policy, provenance; files that cannot be half there."""
+"""What a run stores: intervals, policy, provenance; files that cannot be half there."""
 
 import json
 
@@ -14,31 +14,6 @@ from mpqlib.checkpoint import load_state, remembered, save_atomically, save_json
 from mpqlib.training import TrainConfig
 
 
-def row(name, cost, search, test, loss=1.0):
-    return {
-        "configuration": name,
-        "bitops_g": cost,
-        "size_mb": cost,
-        "search_top1": search,
-        "search_loss": loss,
-        "top1": test,
-        "top1_low": test - 2,
-        "top1_high": test + 2,
-    }
-
-
-@pytest.fixture
-def metrics(supernet):
-    rows = [
-        row("searched", 2.9, 80.0, 75.0),
-        row("uniform 2", 1.0, 60.0, 99.0),  # best on the test split, which must not choose
-        row("uniform 3", 2.0, 70.0, 72.0),
-        row("uniform 4", 4.0, 90.0, 90.0),
-    ]
-    top1 = {"top1": 91.0, "top1_low": 89.0, "top1_high": 93.0}
-    return report.comparison(rows, top1, supernet.table)
-
-
 def test_interval_is_wilson_s():
     # p = 0.8, n = 50, z = 1.96: centre (p + z^2/2n) / (1 + z^2/n), the textbook's formula
     found = report.top1_interval(torch.tensor([True] * 40 + [False] * 10))
@@ -47,47 +22,6 @@ def test_interval_is_wilson_s():
     assert found["top1"] == pytest.approx(80)
     assert found["top1_low"] == pytest.approx(100 * (centre - half / (1 + z2 / 50)), abs=1e-4)
     assert found["top1_high"] == pytest.approx(100 * (centre + half / (1 + z2 / 50)), abs=1e-4)
-
-
-def test_the_best_is_chosen_on_the_search_split_within_the_budget(metrics):
-    assert report.best_within(metrics, 3.0, "uniform") == "uniform 3"
-    assert report.best_within(metrics, 9.0, "uniform") == "uniform 4"
-    assert report.best_within(metrics, 0.5, "uniform") is None
-    assert report.best_within(metrics, 3.0) == "searched"
-    tie = metrics.assign(search_top1=70.0, search_loss=[0.0, 0.3, 0.1, 0.2, 0.0])
-    assert report.best_within(tie, 3.0, "u") == "uniform 2"  # by loss
-
-
-def test_verdict_says_what_the_numbers_say(metrics):
-    text = report.verdict(metrics, 3.0)
-    assert (
-        "uniform 3" in text and "+10.0" in text and "+3.0" in text and "intervals overlap" in text
-    )
-    assert "none to compare" in report.verdict(metrics, 0.5)
-
-
-def test_table_shows_every_row_and_marks_what_depends_on_the_processor(metrics):
-    lines = report.show(metrics).data.splitlines()
-    assert len(lines) == 2 + len(metrics)
-    numbers = "\u2248 2.900 | \u2248 2.90 | \u2248 75.0 | \u2248 [73.0, 77.0] | \u2248 80.0"
-    assert f"| searched | {numbers} |" in lines
-    assert lines[2].startswith("| float | ") and lines[2].endswith("|  |")
-
-
-def test_float_row_counts_32_bits(metrics, supernet):
-    macs, weights = (sum(getattr(i, key) for i in supernet.table) for key in ("macs", "weights"))
-    in_float = metrics.set_index("configuration").loc["float"]
-    assert in_float["bitops_g"] == pytest.approx(macs * 1024 / 1e9)
-    assert in_float["size_mb"] == pytest.approx(weights * 4 / 1e6)
-
-
-def test_result_holds_what_is_promised(metrics):
-    found = report.result(metrics, 3.0, seed=7, seconds=1.26)
-    assert found["bitops_budget_g"] == 3.0 and found["bitops_g"] == 2.9 and found["top1"] == 75.0
-    assert found["top1_float"] == 91.0 and found["seed"] == 7 and found["seconds"] == 1.3
-    assert found["configuration"] == found["searched"]["configuration"] == "searched"
-    assert [r["configuration"] for r in found["uniform"]] == [f"uniform {b}" for b in (2, 3, 4)]
-    json.dumps(found, allow_nan=False)
 
 
 def test_measure_recalibrates_unless_told_not_to(supernet):
