@@ -171,10 +171,11 @@ def memory(name: str, size: int = 64, batch: int = 64, device="cpu") -> float:
 def formats(
     name: str, size: int = 64, batch: int = 64, repeats: int = 5, device="cpu"
 ) -> dict[str, list[float]]:
-    """Ratios of a plain forward and backward pass in other formats to float32, channels-last."""
-    x, y, plain, _ = setting(name, size, batch, device)
+    """Ratios of passes, forward and backward, in other formats to float32, channels-last."""
+    x, y, plain, supernet = setting(name, size, batch, device)
     other = models.create(name, 10).to(device).train()
     kind = torch.device(device).type
+    half, full = (Run.start(TrainConfig(dtype=d), supernet) for d in ("bfloat16", "float32"))
 
     def run(model: nn.Module, images: torch.Tensor, half: bool = False) -> None:
         with torch.autocast(kind, torch.bfloat16, enabled=half):
@@ -185,6 +186,9 @@ def formats(
     return {
         "channels first / channels-last": ratios(lambda: run(other, x.contiguous()), base, repeats),
         "bfloat16 / float32": ratios(lambda: run(plain, x, True), base, repeats),
+        "training step, bfloat16 / float32": ratios(
+            lambda: update(half, x, y), lambda: update(full, x, y), repeats
+        ),
     }
 
 

@@ -23,6 +23,21 @@ def select_device(name: str = "auto") -> torch.device:
     return found if name == "auto" else torch.device(name)
 
 
+def select_dtype(name: str, device: str | torch.device) -> torch.dtype:
+    """What convolutions and linears compute in: "float32", "bfloat16", or "auto".
+
+    "auto" is bfloat16 where the device has matrix units for it (CUDA from 8.0, a CPU with AMX),
+    else float32. Raises ValueError for another name.
+    """
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype={name!r} is not allowed: auto, float32 or bfloat16")
+    if name == "auto":
+        on_gpu = torch.device(device).type == "cuda"
+        capable = torch.cuda.is_bf16_supported if on_gpu else torch.cpu._is_amx_tile_supported
+        name = "bfloat16" if capable() else "float32"
+    return getattr(torch, name)
+
+
 def decoded(dataset: Dataset) -> TensorDataset:
     """The items (image, label) of `dataset` as tensors in memory, to be read many times."""
     return TensorDataset(*next(iter(DataLoader(dataset, len(dataset)))))

@@ -16,9 +16,16 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y).float().mean()
 
 
-def float_gradients(model: nn.Module, x: Tensor, y: Tensor, smoothing: float = 0.0) -> dict:
+def logits_in(dtype: torch.dtype, model: nn.Module, x: Tensor, *config: BitConfig) -> Tensor:
+    """The model's logits, in float32 at least; its convolutions and linears compute in `dtype`."""
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(x, *config)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def float_gradients(model, x: Tensor, y: Tensor, smoothing=0.0, dtype=torch.float32) -> dict:
     """Adds up the gradients of a plain cross-entropy step; returns its loss and accuracy."""
-    logits = model(x)
+    logits = logits_in(dtype, model, x)
     loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
     loss.backward()
     return {"loss": loss.detach(), "accuracy": accuracy(logits, y)}
@@ -34,17 +41,19 @@ def one_shot_gradients(
     idm_weight: float = 0.0,
     grid_weight: float = 0.0,
     smoothing: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """Adds up the gradients of one step over the largest bits and `configs`; returns the losses.
 
     x: images (N, C, H, W); y: labels (N). Largest bits: cross-entropy. Each configuration: half
     cross-entropy, half KL divergence to the largest bits' outputs, and `idm_weight` times the IDM
-    loss of the layers at their smallest weight bits. Source: RFQuant (arXiv 2401.01543).
+    loss of the layers at their smallest weight bits. `dtype`: of convolutions and linears. Source:
+    RFQuant (arXiv 2401.01543).
     """
     layers = supernet.layers
     lowest = [lowest_layers(config, candidates) if idm_weight else [] for config in configs]
     with captured(layers, set().union(*lowest)) as targets:
-        logits = supernet(x, largest(candidates))
+        logits = logits_in(dtype, supernet, x, largest(candidates))
     loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
     loss.backward()
     teacher = logits.detach().softmax(1)
@@ -52,7 +61,7 @@ def one_shot_gradients(
 
     for config, names in zip(configs, lowest, strict=True):
         with distortions(layers, names, targets) as distorted:
-            student = supernet(x, config)
+            student = logits_in(dtype, supernet, x, config)
         cross_entropy = F.cross_entropy(student, y, label_smoothing=smoothing)
         divergence = F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
         random_loss = (cross_entropy + divergence) / 2

@@ -4,6 +4,7 @@ import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -114,6 +115,4 @@ def save_run(
     for name, document in {"provenance": source, **documents}.items():
         save_json(folder / f"{name}.json", document)
     for name, figure in figures.items():
-        save_atomically(
-            folder / f"{name}.png", lambda part, f=figure: f.savefig(part, format="png", dpi=150)
-        )
+        save_atomically(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .cost import bitops, layer_bitops, model_size
+from .cost import bitops, model_size
 from .evaluation import batch_statistics, layer_norms, outside_norms
 from .incremental import Incremental
 from .moves import PARTS, Error, Errors, Move, Step, after, moves
@@ -53,12 +53,9 @@ def weight_target(table: Sequence[LayerInfo], start: BitConfig, budget: float) -
 
     The geometric mean of the two, fixed layers aside: from 6/6 bits to 4/4 it is 4/6 bits exactly.
     """
-    fixed = sum(
-        layer_bitops(info, start[info.name])
-        for info in table
-        if all(len(offered) == 1 for offered in info.candidates)
-    )
-    return fixed + sqrt(max(budget - fixed, 0) * (bitops(table, start) - fixed))
+    free = [info for info in table if any(len(offered) > 1 for offered in info.candidates)]
+    fixed = bitops(table, start) - bitops(free, start)
+    return fixed + sqrt(max(budget - fixed, 0) * bitops(free, start))
 
 
 def share(table: Sequence[LayerInfo], config: BitConfig, budget: float, size: float) -> float:
@@ -200,12 +197,10 @@ def greedy(
     phases = {PARTS: budget}
     if weights_first:
         phases = {("weight",): weight_target(table, config, budget), ("act",): budget} | phases
-    competing = up and rule == "paper"
-    steps = descent(errors, supernet, phases, size, RULES[rule], competing, exact)
+    steps = descent(errors, supernet, phases, size, RULES[rule], up and rule == "paper", exact)
     if up and rule == "ratio":
         steps = chain(steps, exchanges(errors, supernet, budget, size, exact))
     for step in (bar := tqdm(steps, "search", unit=" steps", leave=False)):
         path.append(step)
-        done = f"{step.bitops / 1e9:.3f} of {budget / 1e9:.3f} G BitOPs"
-        bar.set_postfix_str(done, refresh=False)
+        bar.set_postfix_str(f"{step.bitops / 1e9:.3f} G BitOPs", refresh=False)
     return path

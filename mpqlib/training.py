@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from .checkpoint import load_state, save_state
+from .evaluation import select_dtype
 from .layers import Candidates
 from .one_shot import float_gradients, one_shot_gradients
 from .optimization import (
@@ -55,6 +56,7 @@ class TrainConfig:
     idm_weight: float = 0.01
     grid_weight: float = 0.1  # final weight of the quantization-error term, 0 for none
     grid_start: float = 40 / 150  # share of training after which it grows by a cosine
+    dtype: str = "float32"  # of convolutions and linears: float32, bfloat16, auto
     seed: int = 0
 
     def __post_init__(self):
@@ -128,9 +130,9 @@ class Run:
 
     def gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Adds up one step's gradients; returns its losses and accuracies."""
-        c = self.config
+        c, dtype = self.config, select_dtype(self.config.dtype, x.device)
         if not isinstance(self.model, Supernet):
-            return float_gradients(self.model, x, y, c.label_smoothing)
+            return float_gradients(self.model, x, y, c.label_smoothing, dtype)
         late = (len(self.history) / c.epochs - c.grid_start) / max(1 - c.grid_start, 1e-9)
         return one_shot_gradients(
             self.model,
@@ -141,6 +143,7 @@ class Run:
             idm_weight=c.idm_weight if c.idm else 0.0,
             grid_weight=cosine(0, c.grid_weight, max(late, 0)),
             smoothing=c.label_smoothing,
+            dtype=dtype,
         )
 
     def set_learning_rate(self, epoch: float) -> None:
@@ -222,8 +225,7 @@ def train(
         run.load(checkpoint)
 
     for epoch in range(len(run.history), config.epochs):
-        started, losses = time.perf_counter(), []
-        row = {"epoch": epoch + 1}
+        started, losses, row = time.perf_counter(), [], {"epoch": epoch + 1}
         if one_shot:
             run.candidates, row["turbulence"] = choose_candidates(
                 model, config, epoch, run.candidates

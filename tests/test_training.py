@@ -192,14 +192,30 @@ def test_idm_only_when_it_is_on(supernet, dataset):
         assert (history[0]["idm"] > 0) == on
 
 
+def test_bfloat16_gradients_point_where_those_of_float32_do(supernet, dataset):
+    found, (x, y) = {}, dataset.tensors
+    for dtype in (torch.float32, torch.bfloat16):
+        supernet.zero_grad()
+        configs = [supernet.uniform(3)]
+        one_shot_gradients(supernet, x, y, supernet.candidates, configs, dtype=dtype)
+        weights = [layer.op.weight.grad.flatten() for layer in supernet.layers.values()]
+        assert all(grad.dtype == torch.float32 for grad in weights)
+        found[dtype] = weights
+    assert not all(map(torch.equal, *found.values()))  # it is another arithmetic
+    for exact, half in zip(*found.values(), strict=True):
+        assert torch.cosine_similarity(exact, half, dim=0) > 0.9
+
+
 def test_one_norm_for_all_pairs_trains_too(dataset):
     supernet = Supernet(TinyNet(), dataset.tensors[0], (2, 4), pair_norms=False)
     _, history = train(supernet, dataset, SMALL)
     assert history[-1]["loss"] < history[0]["loss"]
 
 
-def test_training_learns(supernet, dataset):
-    _, history = train(supernet, dataset, TrainConfig(**SMALL.__dict__ | {"epochs": 12}))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_learns(supernet, dataset, dtype):
+    config = TrainConfig(**SMALL.__dict__ | {"epochs": 12, "dtype": dtype})
+    _, history = train(supernet, dataset, config)
     assert history[-1]["accuracy"] > 0.8 > history[0]["accuracy"]
     assert history[-1]["accuracy_random"] > history[0]["accuracy_random"]
 
