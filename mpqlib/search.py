@@ -70,7 +70,7 @@ def paper_scores(errors: Sequence[float], costs: Sequence[float], error: float, 
 
 
 def ratio_scores(errors: Sequence[float], costs: Sequence[float], error: float, cost: float):
-    """Error that each move adds per cost it saves; a move up: what it gains per cost it adds."""
+    """Error that each move down adds per cost that it saves."""
     return [(e - error) / (cost - c) for e, c in zip(errors, costs, strict=True)]
 
 
