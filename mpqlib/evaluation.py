@@ -32,9 +32,8 @@ def select_dtype(name: str, device: str | torch.device) -> torch.dtype:
     if name not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype={name!r} is not allowed: auto, float32 or bfloat16")
     if name == "auto":
-        on_gpu = torch.device(device).type == "cuda"
-        capable = torch.cuda.is_bf16_supported if on_gpu else torch.cpu._is_amx_tile_supported
-        name = "bfloat16" if capable() else "float32"
+        capable = {"cpu": torch.cpu._is_amx_tile_supported, "cuda": torch.cuda.is_bf16_supported}
+        name = "bfloat16" if capable.get(torch.device(device).type, bool)() else "float32"
     return getattr(torch, name)
 
 

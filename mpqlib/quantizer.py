@@ -14,12 +14,12 @@ def integer_range(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def in_memory_order(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape as vectors, in the order the first lies in memory: views, not copies."""
+def in_memory_order(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors of one shape as vectors, in the order the first lies in memory: views if of `dtype`."""
     first = tensors[0]
     if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
         tensors = tuple(x.permute(0, 2, 3, 1) for x in tensors)  # NCHW -> NHWC
-    return [x.reshape(-1) for x in tensors]
+    return [x.reshape(-1).to(dtype) for x in tensors]
 
 
 def shaped_like(vector: Tensor, x: Tensor) -> Tensor:
@@ -62,8 +62,10 @@ class LSQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, step, q_min: int, q_max: int, gradient_scale: float, compile: bool):
         quantize, ctx.gradients = arithmetic(compile)
-        # As detached vectors, so that what is compiled once serves every tensor.
-        x_hat = shaped_like(quantize(*in_memory_order(x.detach()), step.detach(), q_min, q_max), x)
+        # As detached vectors, so that what is compiled once serves every tensor; as precise as the
+        # step, for its gradient is a small difference of large sums, which bfloat16 loses.
+        vectors = in_memory_order(x.detach(), dtype=step.dtype)
+        x_hat = shaped_like(quantize(*vectors, step.detach(), q_min, q_max), x)
         # Both live on in the layers around, so they cost no memory; v is computed again.
         ctx.save_for_backward(x, x_hat, step)
         ctx.range, ctx.gradient_scale = (q_min, q_max), gradient_scale
@@ -72,7 +74,8 @@ class LSQ(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, x_hat, step = (saved.detach() for saved in ctx.saved_tensors)
-        grad_x, grad_step = ctx.gradients(*in_memory_order(x, x_hat, grad), step, *ctx.range)
+        vectors = in_memory_order(x, x_hat, grad, dtype=step.dtype)
+        grad_x, grad_step = ctx.gradients(*vectors, step, *ctx.range)
         return shaped_like(grad_x, x), grad_step * ctx.gradient_scale, None, None, None, None
 
 
@@ -136,8 +139,7 @@ class Quantizer(nn.Module):
         return self.steps[str(bits)].abs()
 
     def forward(self, x: Tensor, bits: int) -> Tensor:
-        how = self.signed, self.scale_step_gradient, self.compiled
-        return lsq(x, self.step(bits), bits, *how)
+        return lsq(x, self.step(bits), bits, self.signed, self.scale_step_gradient, self.compiled)
 
     # The sign of the range belongs to the checkpoint: it was read off data, not off the model.
     def get_extra_state(self) -> Tensor:

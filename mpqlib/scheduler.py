@@ -22,7 +22,7 @@ def unstable_share(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     """
     q_min, q_max = integer_range(bits, signed=True)
     count = torch.zeros((), dtype=torch.long, device=weight.device)
-    for block in in_memory_order(weight)[0].split(BLOCK):
+    for block in in_memory_order(weight, dtype=weight.dtype)[0].split(BLOCK):
         v = (block / step).clamp_(q_min, q_max)
         distance = v.frac_().abs_().sub_(1 / 2).abs_()  # to the nearest rounding bound, <= 1/2
         count -= distance.sub_(1 / 8).floor_().sum().long()  # the floor is -1 when near, else 0

@@ -318,3 +318,17 @@ def test_state_dict_carries_steps_and_sign(signed):
     fresh.load_state_dict(trained.state_dict())
     for bits in (2, 5):
         assert torch.equal(fresh(x, bits), trained(x, bits))
+
+
+def test_step_gradient_is_exact_for_a_bfloat16_tensor():
+    generator = torch.Generator().manual_seed(0)
+    images, grad = torch.randn(2, 32, 16, 8, 8, generator=generator).bfloat16()
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, step = images.to(dtype).requires_grad_(), torch.tensor(0.7, requires_grad=True)
+        x_hat = lsq(x, step, 2, False, scale_step_gradient=False)
+        x_hat.backward(grad.to(x_hat.dtype))
+        assert x.grad.dtype == dtype
+        found[dtype] = x_hat, step.grad, x.grad.float()
+    for exact, half in zip(*found.values(), strict=True):
+        torch.testing.assert_close(half, exact)
