@@ -143,4 +143,5 @@ def differences_plot(differences: pd.DataFrame, base: str, label: str) -> Figure
     axis.errorbar(rows["difference"], rows["compared"], xerr=spread, fmt="o", capsize=3, color="C0")
     axis.axvline(0, color="0.6", linewidth=1)
     axis.set(xlabel=f"{label}, less that of the rule {base!r}", ylabel="rule")
+    axis.locator_params(axis="x", nbins=6)
     return figure
