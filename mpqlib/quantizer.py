@@ -15,7 +15,7 @@ def integer_range(bits: int, signed: bool) -> tuple[int, int]:
 
 
 def in_memory_order(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Tensors of one shape as vectors, in the order the first lies in memory: views if of `dtype`."""
+    """Tensors of one shape as vectors, in the first one's memory order; views, if of `dtype`."""
     first = tensors[0]
     if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
         tensors = tuple(x.permute(0, 2, 3, 1) for x in tensors)  # NCHW -> NHWC
