@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# A module may import only from its left; what `training` is made of (from
-# `checkpoint` to `evaluation`), and what `search` is, stands right before it.
+# A module may import only from its left; what `training` and `search` are
+# made of stands right before them (`checkpoint` to `evaluation`; `incremental` and `moves`).
 LINE = [
     "quantizer",
     "layers",
