@@ -1,14 +1,17 @@
 """One-shot mixed-precision quantization: train once, search bit-widths by inference alone."""
 
-from . import data, models, plots, report
-from .checkpoint import load_weights, remembered, save_weights
-from .cost import bitops, bitops_at, check_budget, model_size
-from .evaluation import decoded, evaluate, recalibrate, select_device
-from .one_shot import one_shot_gradients
-from .quantizer import compile_quantizers
-from .search import batch_error, greedy
-from .supernet import BitConfig, Supernet, largest, sample, smallest
-from .training import TrainConfig, train
+from . import data, models
+from .files import load_weights, remembered, save_weights
+from .network.bits import BitConfig, largest, sample, smallest
+from .network.cost import bitops, bitops_at, check_budget, model_size
+from .network.quantizer import compile_quantizers
+from .network.supernet import Supernet
+from .report import plots, runs
+from .search.error import batch_error
+from .search.greedy import greedy
+from .training.evaluation import decoded, evaluate, recalibrate, select_device
+from .training.loop import TrainConfig, train
+from .training.step import one_shot_gradients
 
 __all__ = [
     "BitConfig",
@@ -31,7 +34,7 @@ __all__ = [
     "plots",
     "recalibrate",
     "remembered",
-    "report",
+    "runs",
     "sample",
     "save_weights",
     "select_device",

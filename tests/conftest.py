@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from mpqlib import Supernet, comparison
+from mpqlib.network.supernet import Supernet
+from mpqlib.studies.train import beside_float
 
 
 class TinyNet(nn.Module):
@@ -49,7 +50,7 @@ def supernet() -> Supernet:
 
 
 def measured(name, cost, search, test, loss=1.0):
-    """One configuration's row of a comparison."""
+    """One configuration's row of a"""
     return {
         "configuration": name,
         "bitops_g": cost,
@@ -72,4 +73,4 @@ def metrics(supernet):
         measured("uniform 4", 4.0, 90.0, 90.0),
     ]
     top1 = {"top1": 91.0, "top1_low": 89.0, "top1_high": 93.0}
-    return comparison.beside_float(rows, top1, supernet.table)
+    return beside_float(rows, top1, supernet.table)

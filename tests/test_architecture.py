@@ -1,156 +1,116 @@
-"""The house rules: who may import whom, how long code may get, what a notebook looks like."""
+"""The house rules: which module may import which, and what a notebook looks like."""
 
 import ast
 import importlib
 import inspect
-import io
 import json
 import re
 import statistics
-import tokenize
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# A module may import only from its left; what `training` and `search` are
-# made of stands right before them (`checkpoint` to `evaluation`; `incremental` and `moves`).
-LINE = [
-    "quantizer",
-    "layers",
-    "supernet",
-    "cost",
-    "scheduler",
-    "distortion",
-    "checkpoint",
-    "one_shot",
-    "optimization",
-    "evaluation",
-    "training",
-    "incremental",
-    "moves",
-    "search",
-    "deploy",
-    "report",
-]
-PICTURES = ["plots"]  # beside the line, which needs none: for notebooks and studies
-LEAVES = ["data", "models"]  # import nothing of ours
-STUDIES = [
-    "comparison",
-    "regression",
-    "probes",
-    "ablation",
-    "fronts",
-    "rules",
-    "cora",
-    "width",
-    "benchmark",
-    "claims",
-]  # beside the line: imported by nobody
+# The house, from the ground up: a wing may import the ground floor and the wings before it. Inside
+# a wing, a room may import the rooms before it.
+GROUND = ["files", "data", "models"]  # import nothing of ours
+WINGS = {
+    "network": ["quantizer", "bits", "layers", "tracing", "supernet", "cost"],
+    "training": ["scheduler", "distortion", "step", "optimization", "evaluation", "loop"],
+    "search": ["error", "moves", "greedy", "baselines"],
+    "report": ["runs", "policy", "claims", "plots"],
+    "studies": [
+        "train",
+        "interference",
+        "latent_distance",
+        "scheduler_ablation",
+        "idm_density",
+        "search",
+        "benchmark",
+    ],
+}
+ORDER = GROUND + [f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 
-MODULES = sorted((ROOT / "mpqlib").glob("*.py"))
+MODULES = sorted(path for path in (ROOT / "mpqlib").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def module_name(path: Path) -> str:
+    """Name of a module inside mpqlib, such as "network.bits"; of a package, its folder's."""
+    parts = path.relative_to(ROOT / "mpqlib").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: module_name(path) or "top")
 
 
 def allowed(module: str) -> set[str]:
     """Modules of mpqlib that `module` may import."""
-    if module in LEAVES:
-        return set()
-    if module in PICTURES:
-        return {*LINE}
-    if module in STUDIES:
-        return {*LINE, *LEAVES, *PICTURES}
-    if module in LINE:
-        return {*LINE[: LINE.index(module)], *LEAVES}
-    raise ValueError(f"{module} has no place in LINE, LEAVES, PICTURES or STUDIES")
+    return set() if module in GROUND else set(ORDER[: ORDER.index(module)])
 
 
-def own_imports(tree: ast.AST) -> set[str]:
-    """Modules of mpqlib that `tree` imports at any depth; "" for the package itself."""
+def own_imports(tree: ast.AST, module: str = "") -> set[str]:
+    """Modules and names of mpqlib that `tree`, the source of `module`, imports at any depth.
+
+    `module`: its name inside mpqlib, from which relative imports start.
+    """
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = "mpqlib" if node.level else ""
-            base = ".".join(filter(None, [base, node.module]))
-            package = base == "mpqlib"
-            names += [f"{base}.{alias.name}" for alias in node.names] if package else [base]
+            base = ["mpqlib", *module.split(".")][: -node.level] if node.level else []
+            base += [node.module] if node.module else []
+            names += [".".join([*base, alias.name]) for alias in node.names]
     return {name.partition(".")[2] for name in names if name.partition(".")[0] == "mpqlib"}
 
 
+def module_of(imported: str) -> str:
+    """The module that an imported name lies in, or is; "" for a name of the package itself."""
+    while imported and imported not in ORDER:
+        imported = imported.rpartition(".")[0]
+    return imported
+
+
 @pytest.mark.parametrize(
-    "source, modules",
+    "source, module, imported",
     [
-        ("from .layers import Bits", {"layers"}),
-        ("from . import layers", {"layers"}),
-        ("from mpqlib import layers, cost", {"layers", "cost"}),
-        ("import mpqlib.layers as l", {"layers"}),
-        ("import mpqlib", {""}),
-        ("def f():\n    from mpqlib.layers import Bits", {"layers"}),
-        ("import torch\nfrom torch import nn", set()),
+        ("from .layers import Bits", "network.cost", {"network.layers.Bits"}),
+        ("from . import layers", "network.cost", {"network.layers"}),
+        ("from ..network.bits import Bits", "search.moves", {"network.bits.Bits"}),
+        ("from .. import models", "studies.train", {"models"}),
+        ("from .network import bits", "", {"network.bits"}),
+        ("from mpqlib import files, data", "studies.train", {"files", "data"}),
+        ("import mpqlib.files as f", "data", {"files"}),
+        ("def f():\n    from mpqlib.network.bits import Bits", "data", {"network.bits.Bits"}),
+        ("import torch\nfrom torch import nn", "data", set()),
     ],
 )
-def test_own_imports_sees_every_form(source, modules):
-    assert own_imports(ast.parse(source)) == modules
+def test_own_imports_sees_every_form(source, module, imported):
+    assert own_imports(ast.parse(source), module or "__init__") == imported
+
+
+def test_every_module_has_its_place():
+    rooms = {module_name(path) for path in MODULES if path.name != "__init__.py"}
+    assert rooms == set(ORDER)
 
 
 @each_module
 def test_module_imports_only_what_it_may(path):
-    imports = own_imports(ast.parse(path.read_text()))
-    known = {module.stem for module in MODULES}
-    assert imports <= known, f"{imports - known} is no module of mpqlib"
-    if path.stem != "__init__":
-        assert imports - allowed(path.stem) == set()
-
-
-def length(path: Path) -> int:
-    """Lines of a file."""
-    return len(path.read_text().splitlines())
-
-
-@each_module
-def test_module_is_short(path):
-    assert length(path) <= 250
-
-
-def code_lines(path: Path) -> int:
-    """Lines of a module that hold code: no blank ones, comments or docstrings."""
-    source, lines = path.read_text(), set()
-    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in silent:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
-            node
-        ):
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
-
-
-def test_core_line_is_short():
-    lengths = {m.stem: code_lines(m) for m in MODULES if m.stem in LINE}
-    assert sum(lengths.values()) < 1200, lengths
-
-
-@each_module
-def test_functions_need_no_scrolling(path):
-    functions = [
-        node
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
-    assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
+    if path.name == "__init__.py":
+        return  # a package offers what is in it
+    module = module_name(path)
+    imported = {name: module_of(name) for name in own_imports(ast.parse(path.read_text()), module)}
+    assert all(imported.values()), f"not the name of a module: {imported}"
+    assert set(imported.values()) - allowed(module) == set()
 
 
 @each_module
 def test_public_names_have_docstrings(path):
     tree, missing = ast.parse(path.read_text()), []
-    module = importlib.import_module("mpqlib" if path.stem == "__init__" else f"mpqlib.{path.stem}")
-    if path.stem != "__init__" and not ast.get_docstring(tree):
+    module = importlib.import_module(f"mpqlib.{module_name(path)}".rstrip("."))
+    if not ast.get_docstring(tree):
         missing.append("the module")
     definitions = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
     for node in definitions:

@@ -1,6 +1,7 @@
 """The pins: three files that say the same, and an environment that obeys them."""
 
 import re
+import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -99,7 +100,10 @@ def test_everything_that_is_needed_is_pinned():
 
 
 def test_installed_versions_are_the_pins():
-    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    # Not what setuptools brings along and puts on the path when it is imported.
+    places = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
+    there = metadata.distributions(path=places)
+    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in there}
     applicable = {
         canonicalize_name(r.name) for r in REQUIREMENTS if not r.marker or r.marker.evaluate()
     }

@@ -1,0 +1,1 @@
+"""The quantized network: quantizers, layers, bit-widths, supernet and cost."""

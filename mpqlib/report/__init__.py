@@ -1,0 +1,1 @@
+"""What a run stores and shows: runs, policies, claims and plots."""

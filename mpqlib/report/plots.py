@@ -1,0 +1,141 @@
+"""Pictures of a run; the same bit-width has the same colour in all of them."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from ..network.bits import BitConfig
+from ..network.cost import bitops, layer_bitops
+from ..network.supernet import LayerInfo
+
+# viridis is ordered, as bit-widths are, and safe for the colour-blind.
+COLOURS = dict(zip(range(2, 9), sns.color_palette("viridis", 7), strict=True))
+ARM_COLOURS = sns.color_palette("colorblind")[1:]  # none is a colour of a bit-width
+
+
+def training_curves(histories: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Loss and training accuracy over epochs; `histories`: name of a phase -> rows of `train`."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for phase, history in histories.items():
+        rows = pd.DataFrame(list(history))
+        for suffix, line in (("", "-"), ("_random", "--")):
+            if f"accuracy{suffix}" in rows:
+                name = phase + (", random bits" if suffix else "")
+                style = dict(linestyle=line, marker="o", label=name)
+                axes[0].plot(rows["epoch"], rows[f"loss{suffix}"], **style)
+                axes[1].plot(rows["epoch"], 100 * rows[f"accuracy{suffix}"], **style)
+    axes[0].set(xlabel="epoch", ylabel="training loss (nats)")
+    axes[1].set(xlabel="epoch", ylabel="training top-1 (%)")
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axes[1].legend(frameon=False)
+    return figure
+
+
+def turbulence_map(history: Sequence[Mapping]) -> Figure:
+    """Turbulence per layer and epoch; a cross where the smallest bit-width was frozen."""
+    values = pd.DataFrame([row["turbulence"] for row in history]).T
+    full = {name: len(bits) for name, bits in history[0]["candidates"].items()}
+    for row in history:
+        full = {name: max(full[name], len(bits)) for name, bits in row["candidates"].items()}
+    ranked = [name for name in values.index if full[name] > 1]
+    frozen = [["x" if len(r["candidates"][n]) < full[n] else "" for r in history] for n in ranked]
+    size = (max(5, 2.5 + 0.45 * len(history)), 1 + 0.22 * len(ranked))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    bar = {"label": "turbulence (unstable share / bits)"}
+    epochs = [row["epoch"] for row in history]
+    sns.heatmap(
+        values.loc[ranked], annot=np.array(frozen), fmt="", cmap="mako_r", cbar_kws=bar, ax=axis
+    )
+    axis.set(xlabel="epoch (x: smallest bit-width frozen)", ylabel="layer")
+    axis.set_xticks(np.arange(len(epochs)) + 0.5, epochs, rotation=0)
+    axis.set_yticks(np.arange(len(ranked)) + 0.5, ranked, rotation=0)
+    return figure
+
+
+def policy_bits(table: Sequence[LayerInfo], config: BitConfig) -> Figure:
+    """Bits of every layer's weights and activations, and its share of all BitOPs."""
+    names = [info.name for info in table]
+    total = bitops(table, config)
+    share = [100 * layer_bitops(info, config[info.name]) / total for info in table]
+    rows = {
+        "weight bits": [config[name].weight for name in names],
+        "activation bits": [config[name].act for name in names],
+    }
+    size = (max(6, 1 + 0.33 * len(names)), 6.6)
+    figure, axes = plt.subplots(3, 1, figsize=size, sharex=True, layout="constrained")
+    for axis, (label, bits) in zip(axes[:2], rows.items(), strict=True):
+        axis.bar(names, bits, color=[COLOURS[b] for b in bits])
+        axis.set(ylabel=label, ylim=(0, 10), yticks=range(0, 9, 2))
+        axis.bar_label(axis.containers[0], fontsize=8)
+    axes[2].bar(names, share, color="0.55")
+    axes[2].set(ylabel="BitOPs (%)", xlabel="layer, from input to output")
+    axes[2].tick_params(axis="x", rotation=90)
+    used = sorted({b for bits in rows.values() for b in bits})
+    handles = [Patch(color=COLOURS[b], label=f"{b} bits") for b in used]
+    figure.legend(handles=handles, ncols=len(used), loc="outside upper center", frameon=False)
+    return figure
+
+
+def accuracy_over_cost(rows: pd.DataFrame, budget: float) -> Figure:
+    """Top-1 on the test split with its interval over BitOPs, for the rows of `measure`.
+
+    `rows`: a column `configuration` beside; `budget` in G, drawn as a line.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    kinds = {"searched": ("searched", "D", "C3"), "uniform": ("uniform", "o", "0.4")}
+    for kind, (label, marker, colour) in kinds.items():
+        part = rows[rows["configuration"].str.startswith(kind)]
+        spread = [part["top1"] - part["top1_low"], part["top1_high"] - part["top1"]]
+        style = dict(fmt=marker, capsize=3, color=colour, label=label)
+        axis.errorbar(part["bitops_g"], part["top1"], spread, **style)
+    in_float = rows.loc[rows["configuration"] == "float", "top1"].item()
+    axis.axhline(in_float, linestyle="--", color="0.7", label="float")
+    axis.axvline(budget, linestyle=":", color="C3", label="budget")
+    axis.set(xlabel="BitOPs (G per image)", ylabel="test top-1 (%), 95% interval")
+    axis.legend(frameon=False, loc="lower right")
+    return figure
+
+
+def policies_plot(configs: Mapping[str, BitConfig], label: str) -> Figure:
+    """Bits of every layer in one policy after another: weights left, activations right.
+
+    `configs`: by the text that stands under each, such as its budget, which `label` describes.
+    """
+    names = list(next(iter(configs.values())))
+    size = (max(7, 2.5 + 0.8 * len(configs)), 1.4 + 0.24 * len(names))
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    for axis, part in zip(axes, ("weight", "act"), strict=True):
+        bits = pd.DataFrame(
+            {text: [getattr(config[n], part) for n in names] for text, config in configs.items()},
+            index=names,
+        )
+        style = dict(cmap=list(COLOURS.values()), vmin=1.5, vmax=8.5, cbar=False, linewidths=0.5)
+        sns.heatmap(bits, annot=True, annot_kws={"fontsize": 7}, ax=axis, **style)
+        title = "weight bits" if part == "weight" else "activation bits"
+        axis.set(title=title, xlabel=label, ylabel="layer" if part == "weight" else "")
+        axis.tick_params(axis="both", labelsize=8)
+    return figure
+
+
+def difference_plot(differences: pd.DataFrame, by: str, label: str) -> Figure:
+    """Paired differences with their 95% intervals, one colour an arm; `label`: of their axis."""
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    arms, entries = (list(differences[column].unique()) for column in ("compared", by))
+    colours = sns.color_palette("colorblind", len(arms))
+    for i, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
+        part = differences[differences["compared"] == arm].set_index(by).loc[entries]
+        places = np.arange(len(entries)) + 0.2 * (i - (len(arms) - 1) / 2)
+        spread = [part["difference"] - part["low"], part["high"] - part["difference"]]
+        style = dict(fmt="o", capsize=3, color=colour, label=arm)
+        axis.errorbar(places, part["difference"], spread, **style)
+    axis.axhline(0, color="0.6", linewidth=1)
+    axis.set_xticks(range(len(entries)), entries)
+    axis.set(xlabel=by, ylabel=label)
+    figure.legend(frameon=False, ncols=len(arms), loc="outside upper center")
+    return figure

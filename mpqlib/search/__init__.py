@@ -1,0 +1,1 @@
+"""Search by inference alone: the error, moves, greedy search and baselines."""

@@ -1,0 +1,1 @@
+"""One study a notebook, of the same name without its number."""

@@ -1,0 +1,166 @@
+"""How the outputs of a layer at few bits differ from those at many (RFQuant, Fig. 3 and 4)."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from scipy.spatial.distance import jensenshannon
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..network.layers import QuantLinear
+from ..network.supernet import Supernet
+from ..report.plots import ARM_COLOURS, COLOURS
+from ..training.distortion import reading
+from ..training.evaluation import recalibrate
+
+
+def jensen_shannon(a: Tensor, b: Tensor, bins: int = 200) -> float:
+    """Jensen-Shannon distance of two samples, 0 to 1 (the root of the divergence in bits).
+
+    By histograms over the central 99.8% of both together; the end bins take what lies beyond.
+    """
+    a, b = a.double().flatten().numpy(), b.double().flatten().numpy()
+    low, high = np.quantile(np.concatenate([a, b]), [0.001, 0.999])
+    edges = np.linspace(low, high, bins + 1)
+    counts = [np.histogram(values.clip(low, high), edges)[0] for values in (a, b)]
+    return float(jensenshannon(*counts, base=2))
+
+
+def wasserstein(a: Tensor, b: Tensor) -> float:
+    """Wasserstein-1 distance of two samples of one size: the best transport pairs them by rank."""
+    a, b = (values.double().flatten().sort().values for values in (a, b))
+    return float((a - b).abs().mean())
+
+
+def output_distances(low: Mapping[str, Tensor], high: Mapping[str, Tensor]) -> list[dict]:
+    """A row per layer on how its outputs `low` differ from `high`, of the same images.
+
+    `js`: Jensen-Shannon distance; `wasserstein`, and `rms` of the difference value by value, in
+    standard deviations of `high`, so that layers compare.
+    """
+    rows = []
+    for name, b in high.items():
+        a, std = low[name], float(b.std())
+        row = {"layer": name, "js": jensen_shannon(a, b), "wasserstein": wasserstein(a, b) / std}
+        rows.append(row | {"rms": float((a - b).square().mean().sqrt()) / std})
+    return rows
+
+
+def sampled(values: Tensor, size: int = 200_000) -> Tensor:
+    """A copy of `values` as a vector, or of `size` of them, from the same places every time."""
+    flat = values.flatten()
+    if flat.numel() <= size:
+        return flat.clone().cpu()  # a view would change with what follows in place
+    places = torch.randint(flat.numel(), (size,), generator=torch.Generator().manual_seed(0))
+    return flat.cpu()[places]
+
+
+def outputs_at(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]:
+    """Outputs (after the norm) of the layers that choose their bits, at uniform `bits`, sampled."""
+    read = reading(supernet.layers, supernet.searchable, lambda name, y: sampled(y.detach()))
+    with torch.no_grad(), read as outputs:
+        supernet.eval()(x, supernet.uniform(bits))
+    return outputs
+
+
+def compare_outputs(
+    supernet: Supernet,
+    x: Tensor,
+    calibration: Dataset,
+    low: int = 2,
+    high: int = 6,
+    device: str | torch.device = "cpu",
+) -> tuple[list[dict], dict[int, dict[str, Tensor]]]:
+    """`output_distances` between uniform `low` and `high` bits, and the outputs by bit-width.
+
+    x: images (N, C, H, W). The norms of both are recalibrated on `calibration` first.
+    """
+    outputs = {}
+    for bits in (low, high):
+        recalibrate(supernet, calibration, supernet.uniform(bits), device=device)
+        outputs[bits] = outputs_at(supernet, x.to(device), bits)
+    return output_distances(outputs[low], outputs[high]), outputs
+
+
+def outputs_alone(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]:
+    """Like `outputs_at`, but each layer alone has `bits`, on what it reads in the float network.
+
+    Its norm takes the statistics of this batch.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str, layer: QuantLinear, args: tuple, output: Tensor) -> None:
+        layer.bits = config[name]
+        norm = layer.norm_at(layer.bits).train()
+        found[name] = sampled(layer.forward(*args))  # not layer(...), which would call this hook
+        norm.eval()
+        layer.bits = None
+
+    config, layers = supernet.uniform(bits), supernet.layers
+    names = supernet.searchable
+    handles = [layers[name].register_forward_hook(partial(hook, name)) for name in names]
+    try:
+        with torch.no_grad():
+            supernet.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def photographs(
+    image_size: int, mean: Sequence[float], std: Sequence[float], across: int = 8, down: int = 4
+) -> Tensor:
+    """Overlapping crops of scikit-learn's two photographs, normalised: (N, 3, size, size)."""
+    crops = []
+    for photograph in load_sample_images().images:  # (427, 640, 3) each, 0 to 255
+        pixels = torch.tensor(photograph).permute(2, 0, 1) / 255  # HWC -> CHW
+        rows, columns = (n - image_size for n in pixels.shape[1:])
+        for top in np.linspace(0, rows, down, dtype=int):
+            for left in np.linspace(0, columns, across, dtype=int):
+                crops.append(pixels[:, top : top + image_size, left : left + image_size])
+    shape = (3, 1, 1)  # per channel
+    return (torch.stack(crops) - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def densities(panels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """Densities of a layer's outputs by bit-width, a panel per key of `panels`."""
+    size = (3.4 * len(panels), 3.2)
+    style = dict(sharex=True, sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, **style)
+    every = np.concatenate([v for by_bits in panels.values() for v in by_bits.values()])
+    low, high = np.percentile(every, [0.2, 99.8])
+    for axis, (title, by_bits) in zip(axes[0], panels.items(), strict=True):
+        for bits, values in by_bits.items():
+            style = dict(color=COLOURS[bits], fill=True, alpha=0.35, label=f"{bits} bits")
+            sns.kdeplot(np.asarray(values), bw_adjust=0.6, **style, ax=axis)
+        axis.set(title=title, xlabel="output after the norm", ylabel="density", xlim=(low, high))
+    axes[0, 0].legend(frameon=False)
+    return figure
+
+
+def distances_by_layer(metrics: pd.DataFrame) -> Figure:
+    """Both distances of every layer's outputs at few bits, arms apart, 95% intervals over seeds."""
+    size = (8, 1.5 + 0.2 * metrics["layer"].nunique())
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    labels = {"js": "Jensen-Shannon distance (0 to 1)", "wasserstein": "Wasserstein distance (std)"}
+    arms = metrics["arm"].nunique()
+    style = dict(
+        hue="arm", palette=ARM_COLOURS[:arms], errorbar=("ci", 95), seed=0, linestyle="none"
+    )
+    style |= dict(dodge=0.5 * (arms > 1), markersize=4, linewidth=1.5)
+    for axis, (value, label) in zip(axes, labels.items(), strict=True):
+        sns.pointplot(metrics, x=value, y="layer", **style, ax=axis, legend=axis is axes[0])
+        axis.set(xlabel=label, ylabel="layer, from input to output", xlim=(0, None))
+        axis.grid(axis="y", linewidth=0.3)
+    axes[0].get_legend().remove()
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, ncols=arms, loc="outside upper center", frameon=False)
+    return figure

@@ -1,0 +1,1 @@
+"""One-shot training: scheduler, distortion, step, optimization, evaluation and loop."""

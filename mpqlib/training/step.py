@@ -1,0 +1,75 @@
+"""One step of one-shot training: the largest bits, then random ones, into one gradient."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..network.bits import BitConfig, Candidates, largest
+from ..network.supernet import Supernet
+from .distortion import captured, distortions, grid_loss, idm_loss, lowest_layers
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of labels (N) that the logits (N, classes) rank first, a scalar."""
+    return (logits.argmax(1) == y).float().mean()
+
+
+def logits_in(dtype: torch.dtype, model: nn.Module, x: Tensor, *config: BitConfig) -> Tensor:
+    """The model's logits, in float32 at least; its convolutions and linears compute in `dtype`."""
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(x, *config)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def float_gradients(model, x: Tensor, y: Tensor, smoothing=0.0, dtype=torch.float32) -> dict:
+    """Adds up the gradients of a plain cross-entropy step; returns its loss and accuracy."""
+    logits = logits_in(dtype, model, x)
+    loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+    loss.backward()
+    return {"loss": loss.detach(), "accuracy": accuracy(logits, y)}
+
+
+def one_shot_gradients(
+    supernet: Supernet,
+    x: Tensor,
+    y: Tensor,
+    candidates: Mapping[str, Candidates],
+    configs: Sequence[BitConfig],
+    *,
+    idm_weight: float = 0.0,
+    grid_weight: float = 0.0,
+    smoothing: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Adds up the gradients of one step over the largest bits and `configs`; returns the losses.
+
+    x: images (N, C, H, W); y: labels (N). Largest bits: cross-entropy. Each configuration: half
+    cross-entropy, half KL divergence to the largest bits' outputs, and `idm_weight` times the IDM
+    loss of the layers at their smallest weight bits. `dtype`: of convolutions and linears. Source:
+    RFQuant (arXiv 2401.01543).
+    """
+    layers = supernet.layers
+    lowest = [lowest_layers(config, candidates) if idm_weight else [] for config in configs]
+    with captured(layers, set().union(*lowest)) as targets:
+        logits = logits_in(dtype, supernet, x, largest(candidates))
+    loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+    loss.backward()
+    teacher = logits.detach().softmax(1)
+    losses = {"loss": loss.detach(), "accuracy": accuracy(logits, y)}
+
+    for config, names in zip(configs, lowest, strict=True):
+        with distortions(layers, names, targets) as distorted:
+            student = logits_in(dtype, supernet, x, config)
+        cross_entropy = F.cross_entropy(student, y, label_smoothing=smoothing)
+        divergence = F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
+        random_loss = (cross_entropy + divergence) / 2
+        idm = idm_loss(distorted) if distorted else torch.zeros_like(random_loss)
+        grid = grid_loss(layers, config) if grid_weight else torch.zeros_like(random_loss)
+        (random_loss + idm_weight * idm + grid_weight * grid).backward()
+
+        row = {"loss_random": random_loss, "idm": idm, "accuracy_random": accuracy(student, y)}
+        for key, value in row.items():
+            losses[key] = losses.get(key, 0) + value.detach() / len(configs)
+    return losses

@@ -1,0 +1,301 @@
+"""LSQ quantizers against an elementwise reference written from the equations of the LSQ paper."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from naive import naive_gradients, naive_quantize, naive_range
+from torch import Tensor
+
+from mpqlib.network.quantizer import Quantizer, compile_quantizers, lsq
+
+BITS = range(2, 9)
+
+
+def run_lsq(x: Tensor, s: float, bits: int, signed: bool, upstream: Tensor, scaled: bool):
+    """x_hat and the gradients of sum(upstream * x_hat) that the library gives."""
+    x = x.detach().requires_grad_()
+    step = torch.tensor(s, dtype=x.dtype, requires_grad=True)
+    x_hat = lsq(x, step, bits, signed, scaled)
+    return x_hat.detach(), *torch.autograd.grad(x_hat, (x, step), upstream)
+
+
+def close_sums(measured: Tensor, expected: float, upstream: Tensor, bits: int) -> bool:
+    """Whether two sums over a tensor agree up to float64 rounding of their terms."""
+    largest_term = float(upstream.abs().sum()) * 2**bits
+    return abs(float(measured) - expected) <= 1e-14 * largest_term
+
+
+@st.composite
+def cases(draw):
+    """x of any shape (bounds, grid points and ties among its values), s, bits, signed, upstream."""
+    bits, signed = draw(st.sampled_from(BITS)), draw(st.booleans())
+    dyadic = st.integers(-8, 8).map(lambda power: 2.0**power)
+    s = draw(st.one_of(dyadic, st.floats(1e-3, 1e3)))
+    shape = draw(st.lists(st.integers(1, 4), min_size=0, max_size=4))
+    low, high = naive_range(bits, signed)
+    places = st.one_of(
+        st.sampled_from([low, high, low - 0.5, high + 0.5, low + 0.5, high - 0.5, 0]),
+        st.integers(2 * low - 2, 2 * high).map(lambda k: k / 2),
+        st.floats(2.0 * low - 2, 2.0 * high),
+    )
+    count = math.prod(shape)
+    v = draw(st.lists(places, min_size=count, max_size=count))
+    upstream = st.floats(-4, 4).map(lambda g: round(g, 9))  # far from underflow
+    g = draw(st.lists(upstream, min_size=count, max_size=count))
+    x = torch.tensor([place * s for place in v], dtype=torch.float64).reshape(shape)
+    return x, s, bits, signed, torch.tensor(g, dtype=torch.float64).reshape(shape)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_values_and_gradients_are_those_of_the_equations(case):
+    x, s, bits, signed, upstream = case
+    x_hat, grad_x, grad_s = run_lsq(x, s, bits, signed, upstream, scaled=False)
+    expected_x, expected_s = naive_gradients(x, s, bits, signed, upstream)
+    assert torch.equal(x_hat, naive_quantize(x, s, bits, signed))
+    assert torch.equal(grad_x, expected_x)
+    assert close_sums(grad_s, expected_s, upstream, bits)
+
+
+def at_the_bound():
+    """x / s just under q_max while x is not under q_max * s, in floating point."""
+    one = torch.tensor(1.0, dtype=torch.float64)
+    s = 1.2562465382029542
+    return torch.tensor(7 * s, dtype=torch.float64), s, 3, False, one
+
+
+@settings(deadline=None)
+@given(cases())
+@example(at_the_bound())
+def test_scaled_step_gradient_is_divided_by_root_of_count_times_largest_integer(case):
+    x, s, bits, signed, upstream = case
+    _, grad_x, grad_s = run_lsq(x, s, bits, signed, upstream, scaled=True)
+    expected_x, expected_s = naive_gradients(x, s, bits, signed, upstream)
+    divisor = math.sqrt(x.numel() * naive_range(bits, signed)[1])
+    assert torch.equal(grad_x, expected_x)
+    assert close_sums(grad_s * divisor, expected_s, upstream, bits)
+
+
+@pytest.mark.parametrize(
+    ("signed", "x", "x_hat", "grad_x", "grad_s"),
+    [  # 2 bits, s = 0.5: the grid is -1, -0.5, 0, 0.5 (signed) or 0, 0.5, 1, 1.5 (unsigned)
+        (True, -3.0, -1.0, 0, -2),
+        (True, -1.0, -1.0, 0, -2),  # v = -Q_N
+        (True, -0.875, -1.0, 1, -0.25),  # v = -1.75
+        (True, 0.125, 0.0, 1, -0.25),
+        (True, 0.375, 0.5, 1, 0.25),
+        (True, 0.5, 0.5, 0, 1),  # v = Q_P
+        (True, 9.0, 0.5, 0, 1),
+        (False, -0.125, 0.0, 0, 0),
+        (False, 0.0, 0.0, 0, 0),  # v = -Q_N = 0
+        (False, 0.125, 0.0, 1, -0.25),
+        (False, 1.375, 1.5, 1, 0.25),
+        (False, 1.5, 1.5, 0, 3),  # v = Q_P
+    ],
+)
+def test_worked_examples(signed, x, x_hat, grad_x, grad_s):
+    got = run_lsq(torch.tensor([x]), 0.5, 2, signed, torch.ones(1), scaled=False)
+    assert [float(t) for t in got] == [x_hat, grad_x, grad_s]
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(1, 3).contiguous().transpose(1, 3),
+    "strided": lambda t: t.repeat_interleave(2, dim=3)[..., ::2],
+}
+UPSTREAMS = LAYOUTS | {
+    "expanded": lambda t: t.new_tensor(0.75).expand_as(t),
+    "broadcast": lambda t: t[:, :, :1, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layout_changes_nothing(layout, upstream):
+    generator = torch.Generator().manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64))
+    g = UPSTREAMS[upstream](torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64))
+    x_hat, grad_x, grad_s = run_lsq(x, 0.3, 3, True, g, scaled=False)
+    expected_x, expected_s = naive_gradients(x, 0.3, 3, True, g)
+    assert torch.equal(x_hat, naive_quantize(x, 0.3, 3, True))
+    assert torch.equal(grad_x, expected_x)
+    assert close_sums(grad_s, expected_s, g, 3)
+
+
+def off_the_ties(count: int, bits: int, signed: bool) -> Tensor:
+    """Values of v, (count,), at least 0.05 away from every rounding and clipping bound."""
+    generator = torch.Generator().manual_seed(bits)
+    low, high = naive_range(bits, signed)
+    whole = torch.randint(low - 4, high + 5, (count,), generator=generator)
+    return whole + 0.4 * (2 * torch.rand(count, generator=generator) - 1) + 0.05
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_forward_agrees_with_the_fake_quantization_torch_has(bits, signed):
+    step = torch.tensor([0.037])
+    x = off_the_ties(1000, bits, signed) * step
+    native = torch._fake_quantize_learnable_per_tensor_affine(
+        x, step, torch.zeros(1), *naive_range(bits, signed), 1.0
+    )
+    torch.testing.assert_close(lsq(x, step[0], bits, signed), native)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_single_precision_gradients_are_close_to_double_precision(bits, signed):
+    v = off_the_ties(20_000, bits, signed)
+    upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(0))
+    x_hat, grad_x, grad_s = run_lsq(v * 0.037, 0.037, bits, signed, upstream, scaled=True)
+    exact = run_lsq((v * 0.037).double(), 0.037, bits, signed, upstream.double(), scaled=True)
+    torch.testing.assert_close(x_hat.double(), exact[0], rtol=1e-6, atol=0)
+    assert torch.equal(grad_x.double(), exact[1])
+    torch.testing.assert_close(grad_s.double(), exact[2], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("bits", [2, 6])
+def test_compiled_arithmetic_is_the_same(bits, channels_last):
+    x = off_the_ties(2 * 4 * 5 * 3, bits, signed=True).view(2, 4, 5, 3)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    results = []
+    for compile in (False, True):
+        v, step = x.clone().requires_grad_(), torch.tensor(0.7, requires_grad=True)
+        x_hat = lsq(v, step, bits, True, compile=compile)
+        x_hat.backward(upstream)
+        assert x_hat.stride() == v.grad.stride() == x.stride()
+        results.append((x_hat.detach(), v.grad, step.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_compiling_reaches_every_quantizer_within():
+    model = torch.nn.Sequential(*(Quantizer([4], torch.randn(9)) for _ in range(2)))
+    compile_quantizers(model)
+    x = torch.randn(9)
+    expected = [lsq(x, q.step(4), 4, q.signed) for q in model]
+    assert all(q.compiled and torch.equal(q(x, 4), e) for q, e in zip(model, expected, strict=True))
+
+
+@settings(deadline=None)
+@given(cases())
+def test_result_is_on_the_grid_and_stays_there(case):
+    x, s, bits, signed, _ = case
+    step = torch.tensor(s, dtype=x.dtype)
+    x_hat = lsq(x, step, bits, signed)
+    whole = x_hat / step
+    low, high = naive_range(bits, signed)
+    assert bool(((whole - whole.round()).abs() < 1e-9).all())
+    assert low <= float(whole.min().round()) and float(whole.max().round()) <= high
+    assert torch.equal(lsq(x_hat, step, bits, signed), x_hat)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_as_many_values_as_the_bits_can_tell_apart(bits, signed):
+    x = torch.linspace(-1, 1, 10_001)
+    assert len(lsq(x, torch.tensor(1e-3), bits, signed).unique()) == 2**bits
+
+
+def test_quantizer_takes_its_steps_and_its_sign_from_the_example():
+    example = torch.tensor([[0.5, -1.5], [2.0, 0.0]])  # mean|x| = 1
+    for signed, x in ((True, example), (False, example.abs())):
+        quantizer = Quantizer(BITS, x)
+        assert quantizer.signed is signed
+        for bits in BITS:
+            expected = 2 * 1.0 / math.sqrt(naive_range(bits, signed)[1])
+            assert quantizer.step(bits).item() == pytest.approx(expected, rel=1e-6)
+            quantized = naive_quantize(x, quantizer.step(bits).item(), bits, signed)
+            torch.testing.assert_close(quantizer(x, bits), quantized)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_sign_can_be_given_instead(signed):
+    for first in (torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 2.0])):
+        lowest = Quantizer([3], first, signed=signed)(torch.tensor([-100.0]), 3).item()
+        assert (lowest < 0) is signed
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_only_the_step_in_use_gets_a_gradient(scaled):
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    quantizer = Quantizer((2, 4, 6), x, scale_step_gradient=scaled)
+    quantizer(x, 4).sum().backward()
+    _, expected = naive_gradients(x, quantizer.step(4).item(), 4, True, torch.ones_like(x))
+    assert quantizer.steps["2"].grad is None and quantizer.steps["6"].grad is None
+    divisor = math.sqrt(50 * 7) if scaled else 1
+    assert float(quantizer.steps["4"].grad) * divisor == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_step_that_training_pushed_below_zero_still_quantizes():
+    x = torch.linspace(-1, 1, 21)
+    quantizer = Quantizer([3], x)
+    before = quantizer(x, 3).detach()
+    with torch.no_grad():
+        quantizer.steps["3"].neg_()
+    assert quantizer.step(3).item() > 0
+    assert torch.equal(quantizer(x, 3), before)
+
+
+@pytest.mark.parametrize("signed", [True, False, None])
+def test_a_tensor_of_zeros_is_quantized_exactly(signed):
+    zeros = torch.zeros(4, 3)
+    quantizer = Quantizer((2, 8), zeros, signed=signed)
+    for bits in (2, 8):
+        x = zeros.clone().requires_grad_()
+        y = quantizer(x, bits)
+        y.sum().backward()
+        assert torch.equal(y, zeros)
+        assert quantizer.step(bits).item() > 0
+        assert bool(x.grad.isfinite().all()) and bool(quantizer.steps[str(bits)].grad.isfinite())
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 1, 17, 2.5])
+def test_impossible_bits_are_refused(bits):
+    with pytest.raises(ValueError, match=f"bits={bits}"):
+        Quantizer([4, bits], torch.ones(1))
+    with pytest.raises(ValueError, match=f"bits={bits}"):
+        lsq(torch.ones(1), torch.tensor(1.0), bits, True)
+
+
+def test_a_quantizer_needs_a_bit_width():
+    with pytest.raises(ValueError, match="empty"):
+        Quantizer([], torch.ones(1))
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_bits_that_are_not_offered_are_refused(bits):
+    quantizer = Quantizer((2, 4), torch.ones(1))
+    with pytest.raises(ValueError, match=rf"bits={bits}.*\(2, 4\)"):
+        quantizer(torch.ones(1), bits)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_state_dict_carries_steps_and_sign(signed):
+    x = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    trained = Quantizer((2, 5), x, signed=signed)
+    fresh = Quantizer((2, 5), 3 * x, signed=not signed)
+    assert not torch.equal(fresh(x, 5), trained(x, 5))
+    fresh.load_state_dict(trained.state_dict())
+    for bits in (2, 5):
+        assert torch.equal(fresh(x, bits), trained(x, bits))
+
+
+def test_step_gradient_is_exact_for_a_bfloat16_tensor():
+    generator = torch.Generator().manual_seed(0)
+    images, grad = torch.randn(2, 32, 16, 8, 8, generator=generator).bfloat16()
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, step = images.to(dtype).requires_grad_(), torch.tensor(0.7, requires_grad=True)
+        x_hat = lsq(x, step, 2, False, scale_step_gradient=False)
+        x_hat.backward(grad.to(x_hat.dtype))
+        assert x.grad.dtype == dtype
+        found[dtype] = x_hat, step.grad, x.grad.float()
+    for exact, half in zip(*found.values(), strict=True):
+        torch.testing.assert_close(half, exact)

@@ -1,0 +1,134 @@
+"""What a run stores: intervals, policy, provenance; files that cannot be half there."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import images
+
+from mpqlib import data
+from mpqlib.files import (
+    load_state,
+    load_weights,
+    remembered,
+    save_atomically,
+    save_json,
+    save_state,
+    save_weights,
+)
+from mpqlib.network.bits import largest
+from mpqlib.report import plots, runs
+from mpqlib.report.policy import describe_policy
+from mpqlib.training.loop import TrainConfig, train
+
+
+def test_interval_is_wilson_s():
+    # p = 0.8, n = 50, z = 1.96: centre (p + z^2/2n) / (1 + z^2/n), the textbook's formula
+    found = runs.top1_interval(torch.tensor([True] * 40 + [False] * 10))
+    z2 = 1.959964**2
+    centre, half = (0.8 + z2 / 100) / (1 + z2 / 50), (z2 * (0.16 / 50 + z2 / 1e4)) ** 0.5
+    assert found["top1"] == pytest.approx(80)
+    assert found["top1_low"] == pytest.approx(100 * (centre - half / (1 + z2 / 50)), abs=1e-4)
+    assert found["top1_high"] == pytest.approx(100 * (centre + half / (1 + z2 / 50)), abs=1e-4)
+
+
+def test_measure_recalibrates_unless_told_not_to(supernet):
+    part = images(32)
+    splits = data.Splits(part, part, images(20, 1), images(24, 2), ("a", "b", "c"))
+    config = supernet.uniform(3)
+    before = supernet.state_dict()["model.stem.0.bank.w8a8.running_mean"].clone()
+    without = runs.measure(supernet, config, splits, images=0)
+    key = "model.stem.0.bank.w8a8.running_mean"
+    assert torch.equal(before, supernet.state_dict()[key])
+    found = runs.measure(supernet, config, splits)
+    assert not torch.equal(before, supernet.state_dict()[key])
+    assert found.keys() == without.keys() and found["search_loss"] != without["search_loss"]
+    assert found["top1_low"] <= found["top1"] <= found["top1_high"]
+
+
+def test_a_run_is_stored_whole(supernet, metrics, dataset, tmp_path):
+    config = TrainConfig(epochs=2, batch_size=16, warmup_epochs=1, freeze_start=1)
+    supernet, history = train(supernet, dataset, config)
+    found = largest(supernet.candidates)
+    sha256 = save_weights(tmp_path / "supernet.safetensors", supernet, {"model": "tiny"})
+    drawn = {
+        "training": plots.training_curves({"supernet": history}),
+        "turbulence": plots.turbulence_map(history),
+        "policy": plots.policy_bits(supernet.table, found),
+        "comparison": plots.accuracy_over_cost(metrics, 3.0),
+    }
+    for figure in drawn.values():
+        for axis in figure.axes:
+            assert axis.get_ylabel() or axis.get_xlabel()
+    runs.save_run(
+        tmp_path,
+        parameters={"bits": [2, 3]},
+        metrics=metrics,
+        source=runs.provenance([0], 1.0),
+        figures=drawn,
+        policy=describe_policy(supernet, found, sha256, {"model": "tiny"}),
+    )
+    plt.close("all")
+    policy = json.loads((tmp_path / "policy.json").read_text())
+    assert policy["layers"] == {name: list(bits) for name, bits in found.items()}
+    assert policy["checkpoint_sha256"] == sha256 and policy["model"] == "tiny"
+    assert policy["first"].keys() == {"stem.0"} and policy["last"] == ["last"]
+    assert yaml.safe_load((tmp_path / "parameters.yaml").read_text()) == {"bits": [2, 3]}
+    assert len(pd.read_csv(tmp_path / "metrics.csv")) == len(metrics)
+    source = json.loads((tmp_path / "provenance.json").read_text())
+    assert torch.__version__.startswith(source["versions"]["torch"]) and source["seeds"] == [0]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"{name}.png" for name in drawn} < names and not any(n.startswith(".") for n in names)
+
+
+def test_weights_come_back_with_the_signs_of_their_ranges(supernet, tmp_path, dataset):
+    x, config = dataset.tensors[0], supernet.uniform(2)
+    expected = supernet.eval()(x, config).detach()
+    save_weights(tmp_path / "w.safetensors", supernet, {"model": "tiny"})
+    with torch.no_grad():
+        for p in supernet.parameters():
+            p.mul_(1.5)
+        for layer in supernet.layers.values():
+            layer.weight_quantizer.signed = False
+    assert load_weights(tmp_path / "w.safetensors", supernet) == {"model": "tiny"}
+    assert torch.equal(supernet(x, config), expected)
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path):
+    calls, file = [], tmp_path / "runs" / "seed0.json"
+
+    def compute():
+        calls.append(1)
+        return [{"seed": 0, "top1": 71.25}]
+
+    about = {"bits": (2, 3), "lr": 0.1}
+    for _ in range(2):
+        assert remembered(file, about, compute) == [{"seed": 0, "top1": 71.25}]
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match=r"seed0.json holds a result of .*'lr': 0.1"):
+        remembered(file, about | {"lr": 0.2}, compute)
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    file = tmp_path / "a" / "x.json"
+    save_json(file, {"a": 1})
+
+    def broken(part):
+        part.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_atomically(file, broken)
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [p.name for p in file.parent.iterdir()] == ["x.json"]
+
+
+def test_a_loaded_file_is_not_executed(tmp_path):
+    save_state(tmp_path / "good.pt", {"x": torch.ones(2)})
+    assert torch.equal(load_state(tmp_path / "good.pt")["x"], torch.ones(2))
+    torch.save({"x": pytest.raises}, tmp_path / "bad.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        load_state(tmp_path / "bad.pt")

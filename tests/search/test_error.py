@@ -1,0 +1,71 @@
+"""A run that goes on from the last one against one from the start."""
+
+import pytest
+import torch
+from conftest import TinyNet
+from torch import nn
+
+from mpqlib import models
+from mpqlib.network.bits import Bits, sample
+from mpqlib.network.supernet import Supernet
+from mpqlib.search.error import Incremental
+
+
+class Overwriting(nn.Module):
+    """Writes over what a layer gave, in every way; with `old`, it reads an alias afterwards."""
+
+    def __init__(self, old: bool):
+        super().__init__()
+        self.old = old
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.act, self.last = nn.Hardswish(inplace=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        y += 1
+        z = self.act(y)
+        z *= 2
+        z = nn.functional.elu(self.b(z).add_(y if self.old else 1), inplace=True)
+        return self.last(self.c(z).mul_(z).relu_().mean((2, 3)))
+
+
+NETWORKS = {
+    "tiny": TinyNet,
+    "overwriting": lambda: Overwriting(False),
+    "reading what it wrote over": lambda: Overwriting(True),
+    **{
+        name: lambda name=name: models.create(name, 3)
+        for name in ("mobilenet_v3_small", "shufflenet_v2_x0_5", "resnetv2_18")
+    },
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_outputs_are_those_of_a_run_from_the_start(name):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32)
+    supernet = Supernet(NETWORKS[name](), x, (2, 4)).eval()
+    outputs, generator = Incremental(supernet, x), torch.Generator().manual_seed(0)
+    config = sample(supernet.candidates, generator)
+    for layer in [None, *list(config)[::3], list(config)[-1], *list(config)[::-4]]:
+        if layer:
+            weight, act = (offered[0] for offered in supernet.candidates[layer])
+            config = config.replace(layer, Bits(weight, act))
+        assert torch.equal(outputs(config), supernet(x, config)), layer
+    again = sample(supernet.candidates, generator)
+    assert torch.equal(outputs(again), supernet(x, again))
+    assert outputs.divisible == (name != "reading what it wrote over")
+
+
+def test_only_what_depends_on_the_changed_layer_is_run(supernet):
+    x, ran = torch.randn(2, 3, 8, 8), []
+    outputs = Incremental(supernet.eval(), x)
+    for name, layer in supernet.layers.items():
+        layer.register_forward_hook(lambda *_, name=name: ran.append(name))
+    config = supernet.uniform(4)
+    outputs(config)
+    assert ran == list(supernet.layers)
+    outputs(config)
+    outputs(config.replace("pointwise", Bits(2, 4)))
+    assert ran[4:] == ["pointwise", "last"]

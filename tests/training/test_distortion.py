@@ -1,0 +1,272 @@
+"""Which layers are mended, what is captured of them, and the losses against naive loops."""
+
+import itertools
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive import naive_quantize
+from torch import Tensor, nn
+
+from mpqlib.network.bits import BitConfig, Bits, Candidates, sample
+from mpqlib.network.layers import QuantLinear
+from mpqlib.network.supernet import Supernet
+from mpqlib.training.distortion import captured, distortions, grid_loss, idm_loss, lowest_layers
+
+CANDIDATES = {
+    "full": Candidates((2, 3, 4), (2, 3, 4)),
+    "frozen": Candidates((3, 4), (2, 3, 4)),
+    "edge": Candidates((8,), (8,)),
+}
+
+
+def test_lowest_layers_are_those_at_their_smallest_current_weight_bits():
+    pairs = [itertools.product(*candidates) for candidates in CANDIDATES.values()]
+    for full, frozen, edge in itertools.product(*pairs):
+        config = BitConfig.of({"full": full, "frozen": frozen, "edge": edge})
+        expected = ["full"] * (full[0] == 2) + ["frozen"] * (frozen[0] == 3)
+        assert lowest_layers(config, CANDIDATES) == expected
+
+
+class InPlace(nn.Module):
+    """A residual block in which every output of a layer is overwritten afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(3, 3, 3, padding=1).double() for _ in range(2))
+        self.norm1, self.norm2 = (nn.BatchNorm2d(3).double() for _ in range(2))
+        self.relu = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        out = self.relu(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(out))
+        out += x
+        return self.fc(self.relu(out).mean((2, 3)))
+
+
+@pytest.fixture
+def block() -> tuple[Supernet, Tensor]:
+    """A supernet of the block whose norms do something, in evaluation mode, and images."""
+    torch.manual_seed(0)
+    model = InPlace()
+    for norm in (model.norm1, model.norm2):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    return Supernet(model, x, (2, 4), edge_bits=None).eval(), x
+
+
+def by_hand(net: Supernet, x: Tensor, config: BitConfig | None) -> dict[str, Tensor]:
+    """Outputs after the norm of both convolutions, each written to a tensor of its own."""
+    outputs = {}
+    out = x
+    for name in ("conv1", "conv2"):
+        layer = net.layers[name]
+        weight, norm = layer.op.weight.detach(), layer.norm
+        if config is not None:
+            w, a = config[name]
+            out = naive_quantize(
+                out, layer.act_quantizer.step(a).item(), a, layer.act_quantizer.signed
+            )
+            weight = naive_quantize(weight, layer.weight_quantizer.step(w).item(), w, True)
+        out = F.conv2d(out, weight, layer.op.bias.detach(), padding=1)
+        outputs[name] = F.batch_norm(out, norm.running_mean, norm.running_var)
+        out = outputs[name].relu()
+    return outputs
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_outputs_after_the_norm_are_captured_whatever_is_written_over_them(block, quantized):
+    net, x = block
+    config = sample(net.candidates, torch.Generator().manual_seed(0)) if quantized else None
+    with captured(net.layers, ["conv1", "conv2"]) as outputs:
+        net(x, config)
+    expected = by_hand(net, x, config)
+    assert set(outputs) == set(expected)
+    for name, output in outputs.items():
+        torch.testing.assert_close(output, expected[name])
+
+
+def test_only_named_layers_are_captured(block):
+    net, x = block
+    with captured(net.layers, ["conv2"]) as outputs:
+        net(x)
+    assert set(outputs) == {"conv2"}
+    with captured(net.layers, []) as outputs:
+        net(x)
+    assert outputs == {}
+
+
+def test_reading_changes_neither_output_nor_gradients(block):
+    net, x = block
+    config = net.uniform(2)
+    with captured(net.layers, net.layers) as targets:
+        net(x, net.uniform(4))
+    results = []
+    for reader in (nullcontext(), captured(net.layers, net.layers), mended(net, targets)):
+        net.zero_grad()
+        with reader:
+            y = net(x, config)
+        y.square().sum().backward()
+        gradients = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
+        results.append({"y": y.detach()} | gradients)
+    for other in results[1:]:
+        assert results[0].keys() == other.keys()
+        assert all(torch.equal(results[0][key], other[key]) for key in other)
+
+
+def mended(net: Supernet, targets: dict[str, Tensor]):
+    return distortions(net.layers, targets, targets)
+
+
+def no_hook_left(net: Supernet) -> bool:
+    return not any(module._forward_hooks for module in net.modules())
+
+
+def test_hooks_live_as_long_as_the_block(block):
+    net, x = block
+    with captured(net.layers, ["conv1"]) as outputs:
+        net(x)
+        assert not no_hook_left(net)
+    first = outputs["conv1"]
+    before = first.clone()
+    net(2 * x)
+    assert no_hook_left(net)
+    assert outputs["conv1"] is first and torch.equal(first, before)
+
+
+def test_hooks_are_gone_after_an_exception(block):
+    net, x = block
+    with pytest.raises(ZeroDivisionError), captured(net.layers, ["conv1", "conv2"]):
+        net(x)
+        raise ZeroDivisionError
+    assert no_hook_left(net)
+
+
+def test_an_unknown_layer_leaves_no_hook(block):
+    net, _ = block
+    with pytest.raises(KeyError), captured(net.layers, ["conv1", "conv9"]):
+        pass
+    assert no_hook_left(net)
+
+
+def test_captured_outputs_are_of_no_graph(block):
+    net, x = block
+    with captured(net.layers, ["conv1"]) as outputs:
+        net(x, net.uniform(2))
+    assert not outputs["conv1"].requires_grad
+
+
+def test_distortion_is_the_difference_to_the_targets(block):
+    net, x = block
+    low, high = (by_hand(net, x, net.uniform(bits)) for bits in (2, 4))
+    with distortions(net.layers, ["conv2"], high) as distorted:
+        net(x, net.uniform(2))
+    assert set(distorted) == {"conv2"}
+    torch.testing.assert_close(distorted["conv2"], low["conv2"] - high["conv2"])
+
+
+def test_loss_on_distortions_trains_the_layer_below(block):
+    net, x = block
+    with captured(net.layers, ["conv1"]) as targets:
+        net(x, net.uniform(4))
+    with distortions(net.layers, ["conv1"], targets) as distorted:
+        net(x, net.uniform(2))
+    net.zero_grad()
+    idm_loss(distorted).backward()
+    first, second = net.layers["conv1"], net.layers["conv2"]
+    assert bool(first.op.weight.grad.any()) and second.op.weight.grad is None
+    # Through the 2-bit pass alone: the 4-bit outputs are targets.
+    assert first.weight_quantizer.steps["2"].grad is not None
+    assert first.weight_quantizer.steps["4"].grad is None
+
+
+def naive_idm(distorted: dict[str, Tensor]) -> float:
+    """Sum over layers of the mean over elements of the squared difference."""
+    total = 0.0
+    for differences in distorted.values():
+        squares = 0.0
+        for d in differences.flatten().tolist():
+            squares += d**2
+        total += squares / differences.numel()
+    return total
+
+
+shapes = st.tuples(*[st.integers(1, 3)] * 4)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from("abcd"), shapes, min_size=1), st.integers(0, 999))
+def test_idm_loss_is_the_sum_of_mean_squared_errors(shape_of, seed):
+    generator = torch.Generator().manual_seed(seed)
+    distorted = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for name, shape in shape_of.items()
+    }
+    loss = idm_loss(distorted)
+    assert loss.item() == pytest.approx(naive_idm(distorted), rel=1e-12)
+    loss.backward()
+    for d in distorted.values():
+        torch.testing.assert_close(d.grad, 2 * d.detach() / d.numel())
+
+
+def test_without_distortion_neither_loss_nor_gradient():
+    d = torch.zeros(2, 3, requires_grad=True)
+    loss = idm_loss({"a": d})
+    loss.backward()
+    assert loss.item() == 0 and not d.grad.any()
+
+
+def test_idm_needs_a_layer():
+    with pytest.raises(ValueError, match="at least one"):
+        idm_loss({})
+
+
+def grid_layer(weights: Tensor, steps: dict[int, float]) -> QuantLinear:
+    """A layer with these weights, (out, in), and weight steps."""
+    op = nn.Linear(*reversed(weights.shape)).double()
+    op.weight.data = weights.clone()
+    layer = QuantLinear(op, weights, Candidates(tuple(steps), (8,)))
+    for bits, step in steps.items():
+        layer.weight_quantizer.steps[str(bits)].data.fill_(step)
+    return layer
+
+
+# Every point of the 2-bit grid -2s, -s, 0, s lies on the larger grid.
+@pytest.mark.parametrize("bits, step", [(4, 1 / 4), (4, 1 / 8), (3, 1 / 4), (6, 1 / 16)])
+def test_grid_loss_counts_weights_whose_point_the_smallest_grid_lacks(bits, step):
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(12, 10, generator=generator, dtype=torch.float64)
+    coarse = 1 / 2 if bits > 3 else 1 / 4
+    layer = grid_layer(weights, {2: coarse, bits: step})
+    shared = {k * coarse for k in (-2, -1, 0, 1)}
+    expected, gradient = 0.0, []
+    for w in weights.flatten().tolist():
+        point = naive_quantize(torch.tensor([w]).double(), step, bits, True).item()
+        own = point not in shared
+        expected += (w - point) ** 2 * own
+        gradient.append(2 * (w - point) * own)
+    loss = grid_loss({"a": layer}, {"a": Bits(bits, 8)})
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    loss.backward()
+    gradient = torch.tensor(gradient, dtype=torch.float64).reshape(weights.shape)
+    assert 0 < int((gradient != 0).sum()) < weights.numel()
+    torch.testing.assert_close(layer.op.weight.grad, gradient)
+    assert all(step.grad is None for step in layer.weight_quantizer.steps.values())
+
+
+def test_grid_loss_adds_up_over_layers_at_their_own_bits():
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        name: grid_layer(torch.randn(6, 5, generator=generator).double(), {2: 0.6, 3: 0.35, 5: 0.1})
+        for name in "abc"
+    }
+    config = {"a": Bits(3, 8), "b": Bits(5, 8), "c": Bits(2, 8)}
+    alone = {n: grid_loss({n: layer}, config).item() for n, layer in layers.items()}
+    assert alone["a"] > 0 and alone["b"] > 0
+    assert alone["c"] == 0  # the smallest bit-width shares all of its grid with itself
+    assert grid_loss(layers, config).item() == pytest.approx(sum(alone.values()), rel=1e-12)
