@@ -1,13 +1,18 @@
-"""Image data sets by name, each as disjoint splits to train on, to search on and to test on."""
+"""Image data sets by name, split into images to train on, to search on and to test on."""
 
+import reprlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from sklearn.datasets import load_digits
 from timm.data import ImageNetInfo
 from torch import Tensor
@@ -17,12 +22,39 @@ from torchvision.transforms import v2
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-TEST_SHARE = 0.2  # of all images, where a data set has no official test split
+TEST_SHARE = 0.2  # of all images, if a data set has no official test images
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+# Class names in the order of the labels. torchvision reads them from the data sets' own files.
+CIFAR10 = _names("airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck")
+CIFAR100 = _names("""
+    apple, aquarium_fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge,
+    bus, butterfly, camel, can, castle, caterpillar, cattle, chair, chimpanzee, clock, cloud,
+    cockroach, couch, crab, crocodile, cup, dinosaur, dolphin, elephant, flatfish, forest, fox,
+    girl, hamster, house, kangaroo, keyboard, lamp, lawn_mower, leopard, lion, lizard, lobster,
+    man, maple_tree, motorcycle, mountain, mouse, mushroom, oak_tree, orange, orchid, otter,
+    palm_tree, pear, pickup_truck, pine_tree, plain, plate, poppy, porcupine, possum, rabbit,
+    raccoon, ray, road, rocket, rose, sea, seal, shark, shrew, skunk, skyscraper, snail, snake,
+    spider, squirrel, streetcar, sunflower, sweet_pepper, table, tank, telephone, television,
+    tiger, tractor, train, trout, tulip, turtle, wardrobe, whale, willow_tree, wolf, woman, worm
+    """)
+PETS = _names("""
+    Abyssinian, American Bulldog, American Pit Bull Terrier, Basset Hound, Beagle, Bengal, Birman,
+    Bombay, Boxer, British Shorthair, Chihuahua, Egyptian Mau, English Cocker Spaniel,
+    English Setter, German Shorthaired, Great Pyrenees, Havanese, Japanese Chin, Keeshond,
+    Leonberger, Maine Coon, Miniature Pinscher, Newfoundland, Persian, Pomeranian, Pug, Ragdoll,
+    Russian Blue, Saint Bernard, Samoyed, Scottish Terrier, Shiba Inu, Siamese, Sphynx,
+    Staffordshire Bull Terrier, Wheaten Terrier, Yorkshire Terrier
+    """)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Source:
-    """Images as stored: `images[i][0]` is a PIL image, `labels[i]` its place in `classes`."""
+    """Stored images: `images[i][0]` is a PIL image, `classes[labels[i]]` the name of its class."""
 
     images: Sequence
     labels: np.ndarray  # (N,) int
@@ -46,23 +78,75 @@ class Images(Dataset):
 
     @property
     def labels(self) -> np.ndarray:
-        """Labels (N,) in the order of the items, without reading an image."""
+        """Labels (N,) in the order of the items. Reads no image."""
         return self.source.labels[self.indices]
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set's splits; train, search and test share no image.
+    """The splits of a data set. `train`, `search` and `test` share no image.
 
-    Every stretch of `calibration` and `search` holds the classes in the proportion of the whole,
-    so that their first images are as good a sample as any.
+    The first images of `calibration` and `search` are a stratified sample, however many one takes.
     """
 
     train: Images  # augmented
-    calibration: Images  # the images of `train`, not augmented
-    search: Images  # what searches are scored on, never trained on
+    calibration: Images  # the images of `train` without augmentation
+    search: Images  # for scoring bit-width configurations, never trained on
     test: Images
     classes: tuple[str, ...]
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB with 8 bits per channel.
+
+    Transparent pixels are drawn on white. 16-bit grey values are divided by 257, and float values,
+    which must lie in 0..1, are multiplied by 255.
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged file or pixel values
+    of unknown range. The message names the file.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _to_rgb(Image.open(file))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale grey values of 16 bits, or floats in 0..1, to 0..255; Pillow would clip them."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if image.mode == "F":
+        highest = 1
+    elif image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        highest = 2 ** tags.get(BITSPERSAMPLE, (16,))[0] - 1  # TIFF has 12 bits, too
+    else:
+        raise ValueError("the range of its integer pixel values is unknown; convert it to 8 bits")
+    grey = np.asarray(image) / highest
+    if not (grey.min() >= 0 and grey.max() <= 1):  # also True for NaN
+        raise ValueError(f"pixel values from {grey.min()} to {grey.max()}; floats must be in 0..1")
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is stored as 0
+        grey = 1 - grey
+    return Image.fromarray((255 * grey).round().astype(np.uint8))
+
+
+class Pets(datasets.OxfordIIITPet):
+    """The Oxford-IIIT pets, with the labels in `targets` as in torchvision's other data sets."""
+
+    @property
+    def targets(self) -> list[int]:
+        """Labels (N,) in the order of the images. Reads no image."""
+        return self._labels
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        return read_image(self._images[i]), self._labels[i]
 
 
 def _digits(root: Path, download: bool) -> tuple[Source, None]:
@@ -73,67 +157,131 @@ def _digits(root: Path, download: bool) -> tuple[Source, None]:
 
 
 def _torchvision(
-    dataset: type, parts: Sequence[dict], labels: str, root: Path, download: bool
+    dataset: type, classes: Sequence[str], parts: Sequence[dict], root: Path, download: bool
 ) -> Sequence[Source]:
-    if (root / "train").is_dir():  # as image files, one folder a class, which some mirrors offer
-        return _folder(root, download)
+    """Read a data set of torchvision from its own files, or else from one folder per class."""
     try:
         read = [dataset(root, download=download, **part) for part in parts]
-    except RuntimeError as error:  # what torchvision raises where files are missing
+    except (RuntimeError, URLError) as error:  # files are missing, damaged or out of reach
+        if (root / "train").is_dir():
+            return _named_folders(root, dataset.__name__, classes)
+        remedy = "check the connection" if download else "download=True fetches it"
         raise FileNotFoundError(
-            f"{dataset.__name__} is not in {root}, or damaged: download=True fetches it ({error})"
+            f"{dataset.__name__} is not in {root}, or it is damaged: {remedy} ({error})"
         ) from error
-    return [Source(part, np.asarray(getattr(part, labels)), tuple(part.classes)) for part in read]
+    for part in read:
+        last = len(part.classes) - 1
+        outside = sorted({int(label) for label in part.targets if not 0 <= label <= last})
+        if outside or len(part) != len(part.targets):
+            raise ValueError(
+                f"{dataset.__name__} in {root} is damaged: {len(part)} images, "
+                f"{len(part.targets)} labels, of which {outside} are outside 0..{last}"
+            )
+    return [Source(part, np.asarray(part.targets), tuple(part.classes)) for part in read]
 
 
 def _class_folders(root: Path, layout: str, classes: Sequence[str] | None = None) -> Source:
-    """Images of `root/<class>/*`, labelled by the place of the folder's name in `classes`."""
+    """Read `root/<class>/*`. Labels are places in `classes`, or else in the sorted folders."""
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; nothing to download, expected is {layout}")
-    images = datasets.ImageFolder(root)
+        raise FileNotFoundError(f"no folder {root}; expected {layout}")
+    try:
+        images = datasets.ImageFolder(root, loader=read_image)
+    except FileNotFoundError as error:  # no class folder, or one without images
+        raise FileNotFoundError(f"{root} must hold {layout}: {error}") from error
     classes = tuple(classes or images.classes)
     if unknown := set(images.classes) - set(classes):
-        raise ValueError(f"{root} has folders that name no known class: {sorted(unknown)}")
+        raise ValueError(
+            f"{root} has folders that are not classes: {reprlib.repr(sorted(unknown))}; "
+            f"the classes are {reprlib.repr(list(classes))}"
+        )
     label = np.array([classes.index(folder) for folder in images.classes])
     return Source(images, label[images.targets], classes)
 
 
+def _test_folder(root: Path) -> Path:
+    """`root/val` if it replaces `root/test`, or else `root/test`."""
+    val = root / "val"
+    return val if val.is_dir() and not (root / "test").is_dir() else root / "test"
+
+
+def _named_folders(root: Path, name: str, classes: Sequence[str]) -> list[Source]:
+    """Read a known data set from class folders. Labels are places in `classes`.
+
+    Case, spaces and punctuation of a folder's name do not matter, as mirrors differ in them.
+    Raises ValueError unless there is one folder for each class and no other.
+    """
+
+    def spelling(name: str) -> str:  # the same for "T-shirt/top" and t_shirt_top
+        return "".join(filter(str.isalnum, name.casefold()))
+
+    layout = f"train/<class>/* and test/<class>/* (or val/<class>/*) for the classes of {name}"
+    place = {spelling(name): label for label, name in enumerate(classes)}
+    sources = []
+    for part in (root / "train", _test_folder(root)):
+        source = _class_folders(part, layout)
+        found = [spelling(folder) for folder in source.classes]
+        if sorted(found) != sorted(place):
+            unknown = [folder for folder in source.classes if spelling(folder) not in place]
+            missing = [name for name in classes if spelling(name) not in found]
+            raise ValueError(
+                f"{part} does not hold {name}: of its {len(found)} folders "
+                f"{reprlib.repr(unknown)} are not classes, and {reprlib.repr(missing)} are "
+                f"missing; expected is one folder for each of {list(classes)}. "
+                'The data set "folder" reads any classes.'
+            )
+        label = np.array([place[folder] for folder in found])
+        sources.append(Source(source.images, label[source.labels], tuple(classes)))
+    return sources
+
+
 def _imagenet(root: Path, part: str) -> Source:
-    layout = "train/<wnid>/* and val/<wnid>/* (with val alone, imagenet_val evaluates a model)"
-    # All 1000 names, sorted, give the labels, so that a few of the folders are enough.
+    layout = "train/<wnid>/* and val/<wnid>/* (imagenet_val needs val alone)"
+    # Labels are places among all 1000 sorted names, so some of the folders are enough.
     return _class_folders(root / part, layout, ImageNetInfo().label_names())
 
 
 def _folder(root: Path, download: bool) -> tuple[Source, Source | None]:
     layout = "train/<class>/* and test/<class>/* (or val/<class>/*), or <class>/* alone"
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    has_parts = test is not None or (root / "train").is_dir()
-    train = _class_folders(root / "train" if has_parts else root, layout)
-    return train, test and _class_folders(test, layout, train.classes)
+    test = _test_folder(root)
+    if not test.is_dir():
+        train = root / "train" if (root / "train").is_dir() else root
+        return _class_folders(train, layout), None
+    train = _class_folders(root / "train", layout)
+    return train, _class_folders(test, layout, train.classes)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """How a data set is read and augmented."""
+    """How to read and augment a data set."""
 
     # (root, download) -> all training images, and the official test images if there are any
     read: Callable[[Path, bool], Sequence[Source | None]]
-    photographs: bool = False  # of any size and shape, or else small images filled by one object
+    photographs: bool = False  # of any size and shape; or else small images filled by one object
     flip: bool = True  # whether a mirrored image keeps its class
 
 
-_PARTS = [{"train": True}, {"train": False}], "targets"
-# torchvision keeps the pets' labels to itself; to ask for each item would decode every image.
-_PETS_PARTS = [{"split": "trainval"}, {"split": "test"}], "_labels"
+_PARTS = [{"train": True}, {"train": False}]
+_PETS_PARTS = [{"split": "trainval"}, {"split": "test"}]
+_FASHION = datasets.FashionMNIST.classes
 DATASETS = {
     "digits": Spec(_digits, flip=False),
-    "fashion-mnist": Spec(partial(_torchvision, datasets.FashionMNIST, *_PARTS)),
-    "cifar10": Spec(partial(_torchvision, datasets.CIFAR10, *_PARTS)),
-    "cifar100": Spec(partial(_torchvision, datasets.CIFAR100, *_PARTS)),
-    "pets": Spec(partial(_torchvision, datasets.OxfordIIITPet, *_PETS_PARTS), photographs=True),
+    "fashion-mnist": Spec(partial(_torchvision, datasets.FashionMNIST, _FASHION, _PARTS)),
+    "cifar10": Spec(partial(_torchvision, datasets.CIFAR10, CIFAR10, _PARTS)),
+    "cifar100": Spec(partial(_torchvision, datasets.CIFAR100, CIFAR100, _PARTS)),
+    "pets": Spec(partial(_torchvision, Pets, PETS, _PETS_PARTS), photographs=True),
     "imagenet": Spec(lambda root, _: [_imagenet(root, p) for p in ("train", "val")], True),
     "folder": Spec(_folder, photographs=True),
 }
+
+
+def _check(name: str, value, kind, allowed: str, holds: Callable[..., bool] = lambda _: True):
+    """Raise TypeError unless `value` is of `kind`, and ValueError unless it `holds`."""
+    message = f"{name}={value!r} is not allowed: {allowed}"
+    # Python counts True and False among the integers.
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(message)
+    if not holds(value):
+        raise ValueError(message)
 
 
 def transforms(
@@ -146,25 +294,27 @@ def transforms(
 ) -> tuple[v2.Transform, v2.Transform]:
     """For training and for evaluation: PIL image -> normalised (3, image_size, image_size).
 
-    Evaluation makes the shorter side image_size / crop_pct pixels (crop_pct None: what is usual
-    for the data set) and keeps the centre. Raises ValueError for a value that is not allowed.
+    Evaluation resizes the shorter side to image_size / crop_pct pixels and crops the centre.
+    `crop_pct`: None takes 0.875 for photographs and 1 for other data sets.
+    Raises TypeError or ValueError for a value that is not allowed.
     """
     crop_pct = (0.875 if spec.photographs else 1.0) if crop_pct is None else crop_pct
-    if image_size < 1:
-        raise ValueError(f"image_size={image_size!r} is not allowed: whole pixels, from 1")
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct={crop_pct!r} is not allowed: above 0, at most 1")
-    if interpolation not in (allowed := [mode.value for mode in v2.InterpolationMode]):
-        raise ValueError(f"interpolation={interpolation!r} is not allowed: one of {allowed}")
-    mode = v2.InterpolationMode(interpolation)
+    three = "a tuple or list of three numbers"
+    _check("image_size", image_size, Integral, "a whole number of pixels from 1", lambda v: v >= 1)
+    _check("mean", mean, (tuple, list), three, lambda v: len(v) == 3)
+    _check("std", std, (tuple, list), f"{three} above 0", lambda v: len(v) == 3 and min(v) > 0)
+    _check("crop_pct", crop_pct, Real, "above 0, at most 1", lambda v: 0 < v <= 1)
+    modes = [mode.value for mode in v2.InterpolationMode]
+    _check("interpolation", interpolation, str, f"one of {modes}", lambda v: v in modes)
+    image_size, mode = int(image_size), v2.InterpolationMode(interpolation)
     if spec.photographs:
         augment = [v2.RandomResizedCrop(image_size, interpolation=mode)]
     else:
-        padding = image_size // 8  # 4 pixels of CIFAR's 32, the usual amount; one of the digits' 8
+        padding = image_size // 8  # the usual 4 pixels for CIFAR's 32
         augment = [v2.Resize((image_size, image_size), mode), v2.RandomCrop(image_size, padding)]
     if spec.flip:
         augment.append(v2.RandomHorizontalFlip())
-    # Rounded down as timm does; the small addend keeps torchvision's pairs (224 / 232) whole.
+    # Rounded down as timm does. The small addend keeps torchvision's ratios (224 / 232) exact.
     shorter = int(image_size / crop_pct + 1e-6)
     centre = [v2.Resize(shorter, mode), v2.CenterCrop(image_size)]
     scale = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
@@ -172,13 +322,39 @@ def transforms(
 
 
 def _stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded order (N,) of the images in which every stretch is stratified by class."""
+    """A random order (N,) of the images in which every stretch is stratified by class.
+
+    scikit-learn's stratified splitters cannot do this: they stratify a split but not its first
+    images, and refuse a class with one image.
+    """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     place = np.empty(len(labels))  # of each image among those of its class, from 0 to 1
     for label in np.unique(labels):
         own = np.flatnonzero(labels[shuffled] == label)
         place[own] = (np.arange(len(own)) + 0.5) / len(own)
     return shuffled[np.argsort(place, kind="stable")]
+
+
+def _check_splits(pool: Source, splits: dict[str, np.ndarray], values: str) -> None:
+    """Raise ValueError if the images are too few; warn of classes without a training image."""
+    total, present = len(pool.labels), np.unique(pool.labels)
+    if len(present) < 2:
+        raise ValueError(
+            f"all {total} images are of class {pool.classes[present[0]]!r}; "
+            "a classifier needs two classes or more"
+        )
+    sizes = {part: len(indices) for part, indices in splits.items()}
+    if min(sizes.values()) == 0:
+        raise ValueError(f"{total} images with {values} leave a split empty: {sizes}")
+    if sizes["train"] < len(present):
+        raise ValueError(
+            f"{total} images with {values} leave {sizes['train']} to train on: "
+            f"at least {len(present)} are needed, one per class"
+        )
+    missing = sorted(set(present) - set(pool.labels[splits["train"]]))
+    if missing:
+        names = reprlib.repr([pool.classes[label] for label in missing])
+        warnings.warn(f"{values} leave no image to train on of classes {names}", stacklevel=3)
 
 
 def load(
@@ -192,20 +368,26 @@ def load(
     train_images: int | None = None,
     **view,
 ) -> Splits:
-    """The splits of data set `name`, one of DATASETS, stored under `root`.
+    """Split the data set `name`, one of DATASETS, stored under `root`.
 
-    `image_size`: side in pixels. `search_share`: share of the training images (of all images where
-    there is no official test split; then TEST_SHARE of them is set aside too) held out for
-    searches. `seed`: of the split. `train_images`: train on at most so many. `view`: mean, std,
-    interpolation and crop_pct of `transforms`; `models.preprocessing` gives them for a model.
-    Raises ValueError for a value that is not allowed, FileNotFoundError for missing data.
+    Data sets of torchvision are read from the files that it downloads, or else from image files
+    in train/<class>/* and test/<class>/*.
+    `image_size`: side in pixels. `search_share`: share of the training images that is held out
+    for searches. If the data set has no official test images, it is the share of all images, and
+    TEST_SHARE of them are the test images. `seed`: of the split. `download`: fetch missing data.
+    `train_images`: train on at most this many. `view`: mean, std, interpolation and crop_pct of
+    `transforms`; `models.preprocessing` returns those that a pretrained model expects.
+    Raises TypeError or ValueError for a value that is not allowed or data that do not fit, and
+    FileNotFoundError for missing data. Warns of classes without a training image.
     """
     if name not in DATASETS:
         raise ValueError(f"name={name!r} is not a data set: one of {list(DATASETS)}")
-    if not 0 < search_share < 1:
-        raise ValueError(f"search_share={search_share!r} is not allowed: between 0 and 1")
-    if train_images is not None and train_images < 1:
-        raise ValueError(f"train_images={train_images!r} is not allowed: from 1, or None for all")
+    _check("search_share", search_share, Real, "between 0 and 1", lambda v: 0 < v < 1)
+    _check("seed", seed, Integral, "a whole number from 0", lambda v: v >= 0)
+    _check("download", download, bool, "True or False")
+    if train_images is not None:
+        allowed = "a whole number from 1, or None for all images"
+        _check("train_images", train_images, Integral, allowed, lambda v: v >= 1)
     augmented, plain = transforms(DATASETS[name], image_size, **view)
     pool, official = DATASETS[name].read(Path(root).resolve(), download)
     order, total = _stratified_order(pool.labels, seed), len(pool.labels)
@@ -213,9 +395,9 @@ def load(
     test, search, train = np.split(order, [tested, tested + round(search_share * total)])
     if official:
         test = np.arange(len(official.labels))
-    if not (len(train) and len(search) and len(test)):
-        raise ValueError(f"search_share={search_share} of {total} images leaves a split empty")
     train = train[:train_images]
+    splits = dict(train=train, search=search, test=test)
+    _check_splits(pool, splits, f"search_share={search_share}, train_images={train_images}")
     return Splits(
         train=Images(pool, train, augmented),
         calibration=Images(pool, train, plain),
@@ -226,7 +408,7 @@ def load(
 
 
 def imagenet_val(root: str | Path = "data", image_size: int = 224, **view) -> Images:
-    """The images of `root/val/<wnid>/*`, any of ImageNet's 1000 classes; `view` as in `load`."""
+    """The images of `root/val/<wnid>/*`, of any of ImageNet's 1000 classes; `view` as in `load`."""
     _, plain = transforms(DATASETS["imagenet"], image_size, **view)
     source = _imagenet(Path(root).resolve(), "val")
     return Images(source, np.arange(len(source.labels)), plain)
@@ -235,15 +417,20 @@ def imagenet_val(root: str | Path = "data", image_size: int = 224, **view) -> Im
 def loader(
     dataset: Dataset, batch_size: int, generator: torch.Generator | None = None, workers: int = 0
 ) -> DataLoader:
-    """Batches: shuffled by `generator`, whole ones only, if one is given; else all, in order.
+    """Batches of `dataset`: whole ones in the random order of `generator`, or else all in order.
 
-    Raises ValueError where `dataset` does not fill one whole shuffled batch.
+    Raises TypeError or ValueError for a value that is not allowed, such as a `batch_size` above
+    the number of images together with a `generator`.
     """
+    allowed = "a whole number from 1"
+    _check("batch_size", batch_size, Integral, allowed, lambda v: v >= 1)
     shuffle = generator is not None
-    if shuffle and len(dataset) < batch_size:
-        raise ValueError(f"batch_size={batch_size} is not allowed: {len(dataset)} images at most")
+    if shuffle:  # an incomplete batch is dropped
+        images = len(dataset)
+        allowed = f"at most {images}, the number of images"
+        _check("batch_size", batch_size, Integral, allowed, lambda v: v <= images)
     # Without a generator of its own the loader would draw from torch's global one.
     own = generator or torch.Generator()
     return DataLoader(
-        dataset, batch_size, shuffle, drop_last=shuffle, num_workers=workers, generator=own
+        dataset, int(batch_size), shuffle, drop_last=shuffle, num_workers=workers, generator=own
     )

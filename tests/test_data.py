@@ -1,4 +1,6 @@
-"""Data sets: disjoint, stratified, seeded splits; labels by class; refusals."""
+"""Data sets: disjoint, stratified, seeded splits; images and labels read rightly; clear errors."""
+
+import re
 
 import numpy as np
 import pytest
@@ -10,9 +12,20 @@ from mpqlib import data
 PARTS = ("train", "search", "test")
 
 
+FASHION = tuple(data.datasets.FashionMNIST.classes)
+SPELLED = [name.lower().replace(" ", "_").replace("/", "_") for name in FASHION]
+
+
 def paint(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (20, 14), (200, 30, 90)).save(path)
+
+
+def paint_classes(root, names, count):
+    """`count` images for each class, in `root/<name>`."""
+    for name in names:
+        for i in range(count):
+            paint(root / name / f"{i}.png")
 
 
 def write_idx(path, array):
@@ -20,6 +33,16 @@ def write_idx(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = np.array(array.shape, ">i4").tobytes()
     path.write_bytes(bytes([0, 0, 8, array.ndim]) + shape + array.astype(np.uint8).tobytes())
+
+
+def write_fashion(root, labels):
+    """Random images with these labels in torchvision's files, for training and for testing."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "t10k"):
+        raw = root / "FashionMNIST" / "raw"
+        images = rng.integers(0, 256, (len(labels), 28, 28))
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.array(labels))
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +101,57 @@ def test_cap_and_share_leave_the_other_splits_alone(digits):
         (dict(name="mnist"), "name='mnist'.*'digits', 'fashion-mnist'"),
         (dict(image_size=0), "image_size=0 is not allowed"),
         (dict(search_share=1.0), r"search_share=1\.0 is not allowed"),
-        (dict(search_share=0.9), r"search_share=0\.9 of 1797 images leaves"),
+        (dict(search_share=float("nan")), "search_share=nan is not allowed"),
+        (dict(search_share=0.9), r"1797 images with search_share=0\.9.* empty.*'train': 0"),
+        (dict(search_share=1e-9), "search_share=1e-09.* empty.*'search': 0"),
+        (dict(seed=-1), "seed=-1 is not allowed"),
         (dict(train_images=0), "train_images=0 is not allowed"),
+        (dict(train_images=-1), "train_images=-1 is not allowed"),
+        (dict(train_images=9), "train_images=9 leave 9 to train on: at least 10"),
         (dict(crop_pct=0), "crop_pct=0 is not allowed"),
+        (dict(mean=(0.5, 0.5)), r"mean=\(0\.5, 0\.5\) is not allowed: .*three numbers"),
+        (dict(std=(1, 0, 1)), r"std=\(1, 0, 1\) is not allowed: .*above 0"),
         (dict(interpolation="cubic"), "interpolation='cubic'.*'bicubic'"),
     ],
 )
-def test_refuses_what_is_not_allowed(value, message):
+def test_refuses_values_out_of_range(value, message):
     with pytest.raises(ValueError, match=message):
         data.load(**{"name": "digits", **value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        dict(image_size="64"),
+        dict(image_size=64.0),
+        dict(image_size=True),
+        dict(search_share="0.2"),
+        dict(search_share=True),
+        dict(seed="a"),
+        dict(seed=None),
+        dict(train_images=2.5),
+        dict(train_images=True),
+        dict(train_images="50"),
+        dict(download="false"),
+        dict(crop_pct="1"),
+        dict(mean=0.5),
+        dict(std="111"),
+        dict(interpolation=2),
+    ],
+    ids=repr,
+)
+def test_refuses_values_of_another_type(value):
+    ((name, given),) = value.items()
+    with pytest.raises(TypeError, match=re.escape(f"{name}={given!r} is not allowed: ")):
+        data.load("digits", **value)
+
+
+def test_numpy_numbers_are_numbers(digits):
+    numbers = dict(image_size=np.int64(24), seed=np.int32(0), search_share=np.float64(0.2))
+    splits = data.load("digits", **numbers, train_images=np.int64(50))
+    assert np.array_equal(splits.train.indices, digits.train.indices[:50])
+    assert splits.train[0][0].shape == (3, 24, 24)
+    assert len(next(iter(data.loader(splits.train, np.int64(8))))[1]) == 8
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar10", "cifar100", "pets"])
@@ -103,13 +168,9 @@ def test_missing_folders_name_the_layout(name, missing, tmp_path):
 
 
 def test_grey_images_get_three_channels(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 50), ("t10k", 10)):
-        raw = tmp_path / "FashionMNIST" / "raw"
-        write_idx(raw / f"{part}-images-idx3-ubyte", rng.integers(0, 256, (count, 28, 28)))
-        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    write_fashion(tmp_path, [i % 10 for i in range(50)])
     splits = data.load("fashion-mnist", tmp_path, 28, mean=(0, 0, 0), std=(1, 1, 1))
-    assert [len(getattr(splits, part)) for part in PARTS] == [40, 10, 10]
+    assert [len(getattr(splits, part)) for part in PARTS] == [40, 10, 50]
     assert not set(splits.train.indices) & set(splits.search.indices)
     image, label = splits.test[7]
     stored = splits.test.source.images.data[7] / 255
@@ -190,16 +251,270 @@ def test_folder_layouts(tmp_path):
         data.load("folder", tmp_path)
 
 
-def test_cifar_may_be_folders_of_images(tmp_path):
-    for part, count in (("train", 10), ("test", 3)):
-        for name in ("airplane", "bird"):
-            for i in range(count):
-                paint(tmp_path / part / name / f"{i}.png")
-    splits = data.load("cifar10", tmp_path, 32)
-    assert splits.classes == ("airplane", "bird")
-    assert [len(getattr(splits, part)) for part in PARTS] == [16, 4, 6]
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", data.CIFAR10), ("pets", data.PETS)])
+def test_named_data_set_in_folders(name, classes, tmp_path):
+    paint_classes(tmp_path / "train", classes, 5)
+    paint_classes(tmp_path / "test", classes, 1)
+    splits = data.load(name, tmp_path, 32)
+    assert splits.classes == classes
+    assert [len(getattr(splits, part)) for part in PARTS] == [n * len(classes) for n in (4, 1, 1)]
+    assert list(splits.test.labels) == list(range(len(classes)))
     folder = data.load("folder", tmp_path, 32)  # for photographs of any shape; CIFAR's are not
-    assert repr(folder.train.transform) != repr(splits.train.transform)
+    same = repr(folder.train.transform) == repr(splits.train.transform)
+    assert same == (name == "pets")
+
+
+def test_labels_of_a_named_data_set_follow_its_own_order(tmp_path):
+    paint_classes(tmp_path / "train", SPELLED, 5)
+    paint_classes(tmp_path / "val", SPELLED, 1)
+    splits = data.load("fashion-mnist", tmp_path, 28)
+    assert splits.classes == FASHION
+    for part in (splits.train, splits.search, splits.test):
+        for i, label in enumerate(part.labels):
+            path, _ = part.source.images.samples[part.indices[i]]
+            assert f"/{SPELLED[label]}/" in path
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist", "pets"])
+@pytest.mark.parametrize("found", [["ant", "bee"], [str(i) for i in range(10)]])
+def test_other_images_do_not_pass_for_a_named_data_set(name, found, tmp_path):
+    paint_classes(tmp_path / "train", found, 2)
+    paint_classes(tmp_path / "test", found, 1)
+    with pytest.raises(ValueError, match=r'does not hold.*expected.*"folder"') as error:
+        data.load(name, tmp_path)
+    expected = {"cifar10": "airplane", "cifar100": "aquarium_fish", "pets": "Abyssinian"}
+    for text in (str(tmp_path / "train"), found[0], expected.get(name, "Ankle boot")):
+        assert text in str(error.value)
+
+
+def test_named_data_set_must_be_complete_and_unambiguous(tmp_path):
+    train, test = tmp_path / "train", tmp_path / "test"
+    paint_classes(train, SPELLED, 5)
+    with pytest.raises(FileNotFoundError, match=f"{test}; expected .*test/<class>"):
+        data.load("fashion-mnist", tmp_path)
+    paint_classes(test, SPELLED[1:], 1)
+    with pytest.raises(ValueError, match=rf"{test} .*\['T-shirt/top'\] are missing"):
+        data.load("fashion-mnist", tmp_path)
+    paint_classes(test, SPELLED, 1)
+    paint(train / "Ankle boot" / "0.png")  # beside ankle_boot
+    with pytest.raises(ValueError, match=f"{train} .* 11 folders"):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_own_files_come_before_folders_of_other_images(tmp_path):
+    paint_classes(tmp_path / "train", ["ant", "bee"], 2)
+    write_fashion(tmp_path, [i % 10 for i in range(50)])
+    assert data.load("fashion-mnist", tmp_path, 28).classes == FASHION
+
+
+def test_label_outside_the_classes_is_named(tmp_path):
+    write_fashion(tmp_path, [i % 11 for i in range(55)])
+    with pytest.raises(ValueError, match=rf"FashionMNIST in {tmp_path}.*\[10\] are outside 0\.\.9"):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_every_image_needs_a_label(tmp_path):
+    write_fashion(tmp_path, [i % 10 for i in range(50)])
+    labels = tmp_path / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
+    write_idx(labels, np.arange(40) % 10)
+    with pytest.raises(ValueError, match="50 images, 40 labels"):
+        data.load("fashion-mnist", tmp_path)
+
+
+def test_download_out_of_reach(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise data.URLError("no network")
+
+    monkeypatch.setattr(data.datasets.CIFAR10, "download", offline)
+    with pytest.raises(FileNotFoundError, match=f"CIFAR10 is not in {tmp_path}.*no network"):
+        data.load("cifar10", tmp_path, download=True)
+
+
+def test_empty_class_folder_is_named(tmp_path):
+    paint_classes(tmp_path, ["ant", "bee"], 5)
+    (tmp_path / "cow").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} .*cow"):
+        data.load("folder", tmp_path)
+
+
+def test_one_class_is_refused(tmp_path):
+    paint_classes(tmp_path, ["ant"], 10)
+    with pytest.raises(ValueError, match="all 10 images are of class 'ant'"):
+        data.load("folder", tmp_path)
+
+
+def test_classes_of_one_image(tmp_path):
+    paint_classes(tmp_path, ["ant", "bee"], 10)
+    paint(tmp_path / "cow" / "0.png")
+    splits = data.load("folder", tmp_path)
+    assert list(splits.train.labels).count(2) == 1
+    with pytest.warns(UserWarning, match=r"search_share=0\.5.* no image to train on .*\['cow'\]"):
+        data.load("folder", tmp_path, search_share=0.5)
+
+
+def test_any_stretch_holds_the_classes_in_proportion():
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        labels = rng.permutation(np.repeat(np.arange(6), rng.integers(1, 60, 6)))
+        order = data._stratified_order(labels, seed)
+        assert sorted(order) == list(range(len(labels)))
+        start, stop = np.sort(rng.integers(0, len(labels) + 1, 2))
+        share = np.bincount(labels) / len(labels)
+        counts = np.bincount(labels[order][start:stop], minlength=6)
+        # The stretch spans a part of every class, to within one image; its length sums six of them.
+        assert (np.abs(counts - share * (stop - start)) <= 1 + 6 * share).all()
+
+
+def naive(pixel):
+    """8-bit RGB of one pixel of any mode, by the definition of the mode."""
+    kind, *values = pixel
+    if kind in ("grey", "rgb"):
+        return (values * 3)[:3]
+    if kind == "1":
+        return [255 * values[0]] * 3
+    if kind == "16":
+        return [values[0] / 65535 * 255] * 3
+    if kind == "float":
+        return [values[0] * 255] * 3
+    if kind == "cmyk":
+        return [(255 - ink) * (255 - values[3]) / 255 for ink in values[:3]]
+    *colour, alpha = values  # on white
+    return [(alpha * value + (255 - alpha) * 255) / 255 for value in (colour * 3)[:3]]
+
+
+BYTES = np.random.default_rng(0).integers(0, 256, (7, 5, 4)).astype(np.uint8)
+WORDS = np.random.default_rng(1).integers(0, 65536, (7, 5)).astype(np.uint16)
+UNITS = np.random.default_rng(2).random((7, 5)).astype(np.float32)
+ALPHA = np.stack([BYTES[..., 0], BYTES[..., 1]], -1)
+PALETTE = [tuple(int(v) for v in row) for row in BYTES.reshape(-1, 4)]
+
+
+def indexed(opacity):
+    """A palette image whose 35 pixels use 35 colours; `opacity` as PNG stores it."""
+    image = Image.fromarray(np.arange(35, dtype=np.uint8).reshape(7, 5)).convert("P")
+    image.putpalette([v for row in PALETTE for v in row[:3]])
+    if opacity is not None:
+        image.info["transparency"] = opacity
+    return image
+
+
+def pixels(kind, array):
+    return [(kind, *np.atleast_1d(value).tolist()) for value in array.reshape(35, -1)]
+
+
+MODES = {
+    "1.png": (Image.fromarray(BYTES[..., 0] > 127), pixels("1", BYTES[..., 0] > 127)),
+    "L.png": (Image.fromarray(BYTES[..., 0]), pixels("grey", BYTES[..., 0])),
+    "LA.png": (Image.fromarray(ALPHA), pixels("alpha", ALPHA)),
+    "RGB.png": (Image.fromarray(BYTES[..., :3]), pixels("rgb", BYTES[..., :3])),
+    "RGBA.png": (Image.fromarray(BYTES), pixels("alpha", BYTES)),
+    "RGBA.webp": (Image.fromarray(BYTES), pixels("alpha", BYTES)),
+    "RGBA.tiff": (Image.fromarray(BYTES), pixels("alpha", BYTES)),
+    "P.png": (indexed(None), [("rgb", *row[:3]) for row in PALETTE]),
+    "P-alpha.png": (
+        indexed(bytes(row[3] for row in PALETTE)),
+        [("alpha", *row) for row in PALETTE],
+    ),
+    "P-one.png": (
+        indexed(4),
+        [("alpha", *row[:3], 0 if i == 4 else 255) for i, row in enumerate(PALETTE)],
+    ),
+    "CMYK.tiff": (
+        Image.frombytes("CMYK", (5, 7), BYTES.tobytes()),
+        pixels("cmyk", BYTES),
+    ),
+    "16.png": (Image.fromarray(WORDS), pixels("16", WORDS)),
+    "16.tiff": (Image.fromarray(WORDS), pixels("16", WORDS)),
+    "16.pgm": (Image.fromarray(WORDS), pixels("16", WORDS)),
+    "16-big-endian.tiff": (Image.fromarray(WORDS.astype(">u2")), pixels("16", WORDS)),
+    "float.tiff": (Image.fromarray(UNITS), pixels("float", UNITS)),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_is_read_rightly(name, tmp_path):
+    image, expected = MODES[name]
+    path = tmp_path / name
+    image.save(path, **(dict(lossless=True, exact=True) if name.endswith("webp") else {}))
+    read = data.read_image(path)
+    assert read.mode == "RGB" and read.size == (5, 7)
+    found = np.asarray(read, np.float64).reshape(35, 3)
+    assert np.abs(found - [naive(pixel) for pixel in expected]).max() <= 1  # rounding
+
+
+def test_cmyk_jpeg_is_read_rightly(tmp_path):
+    ink = np.full((16, 16, 4), (10, 200, 90, 40), np.uint8)
+    Image.frombytes("CMYK", (16, 16), ink.tobytes()).save(tmp_path / "a.jpg", quality=100)
+    found = np.asarray(data.read_image(tmp_path / "a.jpg"), np.float64)
+    assert np.abs(found - naive(("cmyk", 10, 200, 90, 40))).max() <= 3  # JPEG's loss
+
+
+def write_tiff(path, bits, samples, white_is_zero):
+    """A grey TIFF with one row of `samples`, whose bytes are given."""
+    count = len(samples) * 8 // bits
+    tags = {256: count, 257: 1, 258: bits, 259: 1, 262: int(not white_is_zero)}
+    tags |= {273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: 1, 279: len(samples)}
+    entries = b"".join(
+        np.array([tag, 4], "<u2").tobytes() + np.array([1, value], "<u4").tobytes()
+        for tag, value in tags.items()
+    )
+    header = b"II*\0" + np.array([8], "<u4").tobytes() + np.array([9], "<u2").tobytes()
+    path.write_bytes(header + entries + bytes(4) + samples)
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_tiff_of_16_bits_may_store_white_as_zero(white_is_zero, tmp_path):
+    write_tiff(tmp_path / "a.tiff", 16, np.array([0, 257, 65535], "<u2").tobytes(), white_is_zero)
+    grey = np.asarray(data.read_image(tmp_path / "a.tiff"))[0, :, 0]
+    assert list(grey) == ([255, 254, 0] if white_is_zero else [0, 1, 255])
+
+
+def test_tiff_of_12_bits(tmp_path):
+    write_tiff(tmp_path / "a.tiff", 12, bytes([0x40, 0x0F, 0xFF]), False)  # 0x400, 0xfff
+    assert list(np.asarray(data.read_image(tmp_path / "a.tiff"))[0, :, 0]) == [64, 255]
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((4, 4), 1.5, np.float32), "from 1.5 to 1.5"),
+        (np.full((4, 4), -0.5, np.float32), "from -0.5 to -0.5"),
+        (np.full((4, 4), np.nan, np.float32), "nan"),
+        (np.arange(16, dtype=np.int32).reshape(4, 4), "range .* unknown"),
+    ],
+)
+def test_images_of_unknown_range_are_refused(array, message, tmp_path):
+    for name in ("ant", "bee"):
+        for i in range(5):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(array).save(tmp_path / name / f"{i}.tiff")
+    splits = data.load("folder", tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/(ant|bee)/\d.tiff cannot be read.*{message}"
+    ):
+        splits.test[0]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp", "bmp", "ppm"])
+def test_truncated_images_are_named(suffix, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(BYTES.repeat(9, 0).repeat(9, 1)[..., :3]).save(path)
+    whole = path.read_bytes()
+    for kept in (0, 3, len(whole) // 2):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=f"{path} cannot be read as an image"):
+            data.read_image(path)
+
+
+def test_damaged_file_is_named_through_workers(tmp_path):
+    paint_classes(tmp_path, ["ant", "bee"], 10)
+    splits = data.load("folder", tmp_path, 8)
+    broken, _ = splits.test.source.images.samples[splits.test.indices[1]]
+    with open(broken, "r+b") as file:
+        file.truncate(60)
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=f"{broken} cannot be read as an image"):
+            list(data.loader(splits.test, 2, workers=workers))
 
 
 def test_loader_shuffles_only_with_a_generator(digits):
@@ -213,5 +528,14 @@ def test_loader_shuffles_only_with_a_generator(digits):
     assert not torch.equal(torch.cat(batches(0)), torch.cat(batches(1)))
     assert {len(batch) for batch in batches(0)} == {50}
     assert torch.equal(state, torch.get_rng_state())
-    with pytest.raises(ValueError, match=r"batch_size=400 .* 359"):
+
+
+def test_loader_refuses_batches_that_do_not_fit(digits):
+    with pytest.raises(ValueError, match=r"batch_size=400 is not allowed: at most 359"):
         data.loader(digits.search, 400, torch.Generator())
+    assert len(next(iter(data.loader(digits.search, 400)))[1]) == 359
+    with pytest.raises(ValueError, match="batch_size=0 is not allowed: a whole number from 1"):
+        data.loader(digits.search, 0)
+    for value in ("64", 64.0, True):
+        with pytest.raises(TypeError, match=f"batch_size={value!r} is not allowed"):
+            data.loader(digits.search, value)
