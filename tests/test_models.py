@@ -1,5 +1,6 @@
-"""Models by name: logits of the asked size, weights loaded whole, refusals."""
+"""Models by name: logits of the right size, complete weights, clear errors."""
 
+import re
 import urllib.error
 
 import pytest
@@ -36,10 +37,50 @@ def test_logits_in_training_mode(name, size):
 
 def test_unknown_names_get_close_ones():
     for refused in (models.preprocessing, lambda name: models.create(name, 10)):
-        with pytest.raises(ValueError, match=r"'resnet81' .* 'resnet18'"):
+        with pytest.raises(ValueError, match=r"'resnet81' .*'resnet18'"):
             refused("resnet81")
-    with pytest.raises(ValueError, match="num_classes=0"):
-        models.create("resnet18", 0)
+
+
+@pytest.mark.parametrize("name", ["resnet18.foo", "resnet26t.foo", "", ".", "hf_hub:timm/resnet18"])
+def test_unknown_tags_and_odd_names_are_refused(name):
+    for refused in (models.preprocessing, lambda name: models.create(name, 10)):
+        with pytest.raises(ValueError, match=f"name='{name}' is not a classifier"):
+            refused(name)
+
+
+def test_tags_of_timm_are_known():
+    assert models.create("resnet18.a1_in1k", 7).fc.out_features == 7
+
+
+@pytest.mark.parametrize("value", [5, None, b"resnet18"])
+def test_name_must_be_text(value):
+    for refused in (models.preprocessing, lambda name: models.create(name, 10)):
+        with pytest.raises(TypeError, match=re.escape(f"name={value!r} is not allowed")):
+            refused(value)
+
+
+@pytest.mark.parametrize("value", ["10", 2.5, 10.0, True, None])
+def test_num_classes_must_be_a_whole_number(value):
+    with pytest.raises(TypeError, match=re.escape(f"num_classes={value!r} is not allowed")):
+        models.create("resnet18", value)
+
+
+@pytest.mark.parametrize("value", [0, -3])
+def test_num_classes_starts_at_one(value):
+    with pytest.raises(ValueError, match=f"num_classes={value} is not allowed: .* from 1"):
+        models.create("resnet18", value)
+
+
+@pytest.mark.parametrize("value", ["false", 0, None])
+def test_pretrained_must_be_true_or_false(value):
+    with pytest.raises(TypeError, match=re.escape(f"pretrained={value!r} is not allowed")):
+        models.create("resnet18", 10, value)
+
+
+def test_models_without_weights_say_so():
+    assert models.create("mobilenetv2_075", 3).num_classes == 3
+    with pytest.raises(ValueError, match=r"name='mobilenetv2_075' has no .* pretrained=False"):
+        models.create("mobilenetv2_075", 10, pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "r3d_18", "quantized_resnet18"])
