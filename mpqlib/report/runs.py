@@ -40,15 +40,16 @@ def measure(
     config: BitConfig,
     splits,
     *,
-    images: int = 7000,
+    images: int | None = 7000,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """One configuration's cost and accuracy, norms recalibrated on `images` training images.
+    """Cost and accuracy of one configuration, recalibrated on `images` training images.
 
-    BitOPs in G per image, size in MB; top-1 in % on the search split, and on the test split with
-    its interval. `splits`: of `data.load`. `images`: 0 leaves the norms as they are.
+    `splits`: from `data.load`. `images`: see `recalibrate`; None uses the present statistics. Cost:
+    BitOPs in G per image and size in MB. Accuracy: top-1 in % on the search split, and on the test
+    split with its 95% interval. Raises ValueError as `recalibrate` and `evaluate` do.
     """
-    if images:
+    if images is not None:
         recalibrate(supernet, splits.calibration, config, images=images, device=device)
     searched = evaluate(supernet, splits.search, config, device=device)
     tested = evaluate(supernet, splits.test, config, device=device)

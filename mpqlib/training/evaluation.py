@@ -2,33 +2,43 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
 from ..network.supernet import Supernet
 
 
-def select_device(name: str = "auto") -> torch.device:
-    """The device by name; "auto" is the accelerator torch finds, else the CPU."""
+def select_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name; "auto" is the accelerator that torch finds, else the CPU.
+
+    Raises ValueError for a device that this machine does not have.
+    """
     found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    allowed = ["auto", "cpu", *([found.type] if found.type != "cpu" else [])]
-    if name.split(":")[0] not in allowed:
-        raise ValueError(f"device={name!r} is not available here: one of {allowed}")
-    return found if name == "auto" else torch.device(name)
+    if name == "auto":
+        return found
+    allowed = ["cpu"]
+    if found.type != "cpu":
+        indexed = [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())]
+        allowed += [found.type, *indexed]
+    if str(name) not in allowed:
+        raise ValueError(f"device={str(name)!r} is not available here: one of {['auto', *allowed]}")
+    return torch.device(name)
 
 
 def select_dtype(name: str, device: str | torch.device) -> torch.dtype:
-    """What convolutions and linears compute in: "float32", "bfloat16", or "auto".
+    """The type in which convolutions and linear layers compute.
 
-    "auto" is bfloat16 where the device has matrix units for it (CUDA from 8.0, a CPU with AMX),
-    else float32. Raises ValueError for another name.
+    `name`: "float32", "bfloat16" or "auto". "auto" is bfloat16 where the device has matrix units
+    for it (CUDA from compute capability 8.0, a CPU with AMX), else float32. Raises ValueError for
+    another name.
     """
     if name not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"dtype={name!r} is not allowed: auto, float32 or bfloat16")
@@ -39,20 +49,37 @@ def select_dtype(name: str, device: str | torch.device) -> torch.dtype:
 
 
 def decoded(dataset: Dataset) -> TensorDataset:
-    """The items (image, label) of `dataset` as tensors in memory, to be read many times."""
+    """All items (image, label) of `dataset` as tensors in memory, for reading them many times.
+
+    Raises ValueError for an empty dataset.
+    """
+    if not len(dataset):
+        raise ValueError("dataset is empty: there is nothing to decode")
     return TensorDataset(*next(iter(DataLoader(dataset, len(dataset)))))
 
 
 class Evaluation(NamedTuple):
-    """Which images were classified correctly (N,), and the mean cross-entropy."""
+    """Which images were classified correctly, bool (N,), and the mean cross-entropy in nats."""
 
     correct: Tensor
     loss: float
 
     @property
     def top1(self) -> float:
-        """Share of correct images, 0 to 1."""
+        """Share of images that were classified correctly, 0 to 1."""
         return float(self.correct.float().mean())
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model is in eval mode; then each module returns to its own mode."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
 
 
 def evaluate(
@@ -60,68 +87,215 @@ def evaluate(
     dataset: Dataset,
     config: BitConfig | None = None,
     *,
+    calibration: Dataset | None = None,
+    images: int = 7000,
     device: str | torch.device = "cpu",
     batch_size: int = 128,
 ) -> Evaluation:
-    """Accuracy of a float model, or of a supernet at `config`, on (image, label) items."""
-    # Before inference mode, which would leave weights that cannot be trained any further.
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    """Accuracy and loss of a float model, or of a supernet at `config` (None: in float mode).
+
+    `dataset`: items (image (C, H, W), label). `calibration`: training images; with them, a supernet
+    is recalibrated first, on the first `images` of them (see `recalibrate`). Every configuration
+    needs this before it is evaluated, and so does float mode after one-shot training.
+
+    Without `calibration`, the supernet's present statistics are used. Where the supernet has only
+    been trained or loaded, they are those of training: this is allowed, but accuracy is often poor.
+    The model runs in eval mode and returns to its earlier mode.
+
+    Raises ValueError if a batch norm holds statistics that were measured for another configuration,
+    for float mode after one-shot training without recalibration, for an empty dataset, for labels
+    that are no class of the model, and for a `config` or `calibration` of a float model.
+    """
+    if not len(dataset):
+        raise ValueError("dataset is empty: there is nothing to evaluate")
+    device = select_device(device)
+    if isinstance(model, Supernet):
+        if calibration is not None:
+            how = dict(images=images, device=device, batch_size=batch_size)
+            recalibrate(model, calibration, config, **how)
+        _check_statistics(model, config)
+    elif config is not None or calibration is not None:
+        raise ValueError("config and calibration need a Supernet; this is a float model")
+    # Before inference mode, because weights that are moved inside it can no longer be trained.
+    model = model.to(device, memory_format=torch.channels_last)
     correct, loss = [], 0.0
-    with torch.inference_mode():
+    with _eval_mode(model), torch.inference_mode():
         for x, y in DataLoader(dataset, batch_size):
             x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
             logits = model(x) if config is None else model(x, config)
+            classes = logits.shape[1]
+            if y.min() < 0 or y.max() >= classes:
+                found = f"{int(y.min())} to {int(y.max())}"
+                raise ValueError(
+                    f"labels {found} in dataset: the model has classes 0 to {classes - 1}"
+                )
             correct.append((logits.argmax(1) == y).cpu())
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
     return Evaluation(torch.cat(correct), loss / len(dataset))
 
 
 def outside_norms(supernet: Supernet) -> list[_BatchNorm]:
-    """The batch norms that belong to no layer: they run at every configuration."""
+    """The batch norms that belong to no layer: every configuration uses them."""
     convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
     owned = {id(m) for conv in convs for m in (conv.norm, *conv.bank.values())}
     return [m for m in supernet.modules() if isinstance(m, _BatchNorm) and id(m) not in owned]
 
 
-def norms_at(supernet: Supernet, config: BitConfig) -> list[_BatchNorm]:
-    """The batch norms of layers that run at `config`: at most one of each bank."""
+def norms_at(supernet: Supernet, config: BitConfig | None) -> list[_BatchNorm]:
+    """The batch norms of layers that `config` uses (None: float mode), at most one a layer."""
     layers = supernet.layers.items()
-    norms = [layer.norm_at(config[n]) for n, layer in layers if isinstance(layer, QuantConvBN)]
+    convs = {name: layer for name, layer in layers if isinstance(layer, QuantConvBN)}
+    norms = [layer.norm_at(config and config[name]) for name, layer in convs.items()]
     return [norm for norm in norms if isinstance(norm, _BatchNorm)]
+
+
+def _running_norms(supernet: Supernet, config: BitConfig | None) -> dict[str, _BatchNorm]:
+    """The batch norms that `config` uses and that keep running statistics, by name."""
+    used = {id(norm) for norm in norms_at(supernet, config) + outside_norms(supernet)}
+    modules = supernet.named_modules()
+    return {n: m for n, m in modules if id(m) in used and m.running_mean is not None}
+
+
+class _Measured(NamedTuple):
+    """Statistics that `recalibrate` left in a batch norm, and the configurations they belong to.
+
+    A batch norm keeps them in its attribute `measured`. If its statistics differ from these, it was
+    trained or loaded since, and their configuration is unknown.
+    """
+
+    configs: frozenset
+    mean: Tensor
+    var: Tensor
+
+
+def _key(config: BitConfig | None) -> frozenset | None:
+    """The configuration regardless of the order of its layers; None is float mode."""
+    return config and frozenset(config.items())
+
+
+def _set_statistics(norm: _BatchNorm, mean: Tensor, var: Tensor, config: BitConfig | None) -> None:
+    """Sets a batch norm's statistics and records that they belong to `config`."""
+    configs, last = {_key(config)}, vars(norm).get("measured")
+    # Two configurations can share statistics, as in the first layer, which reads the same images.
+    if last and all(map(torch.allclose, last[1:], (mean.cpu(), var.cpu()))):
+        configs |= last.configs
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
+    norm.measured = _Measured(frozenset(configs), mean.cpu(), var.cpu())
+
+
+def _measured_for(norm: _BatchNorm) -> frozenset | None:
+    """The configurations that a batch norm's statistics belong to, or None if unknown."""
+    last = vars(norm).get("measured")
+    present = (norm.running_mean.cpu(), norm.running_var.cpu())
+    return last.configs if last and all(map(torch.equal, last[1:], present)) else None
+
+
+def _trained_one_shot(supernet: Supernet) -> bool:
+    """Whether batch norms of bit-widths were trained on more batches than those of float mode."""
+    convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
+    pairs = [(norm, conv.norm) for conv in convs for norm in conv.bank.values()]
+    pairs = [(a, b) for a, b in pairs if isinstance(b, _BatchNorm) and b.running_mean is not None]
+    return any(bool(a.num_batches_tracked > b.num_batches_tracked) for a, b in pairs)
+
+
+def _check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
+    """Raises ValueError if batch norms hold statistics that do not belong to `config`."""
+    if config is not None:
+        supernet.check(config)
+    norms = _running_norms(supernet, config)
+    known = {name: _measured_for(norm) for name, norm in norms.items()}
+    remedy = "pass calibration=<training images> to evaluate, or call recalibrate first"
+    if wrong := [n for n, configs in known.items() if configs and _key(config) not in configs]:
+        raise ValueError(
+            f"{len(wrong)} of {len(norms)} batch norms, such as {wrong[0]!r}, hold statistics of "
+            f"another configuration: {remedy}"
+        )
+    unknown = [name for name, configs in known.items() if configs is None]
+    if config is None and unknown and _trained_one_shot(supernet):
+        raise ValueError(
+            f"float mode after one-shot training: {len(unknown)} of {len(norms)} batch norms, such "
+            f"as {unknown[0]!r}, hold no statistics of the present weights: {remedy}"
+        )
+
+
+@contextmanager
+def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within the block, batch norms average the statistics of all batches; then all is as before.
+
+    Batch norms are to be in eval mode before and are so again.
+    """
+    before = [(norm.momentum, [b.clone() for b in norm.buffers()]) for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # PyTorch's cumulative average
+            norm.train()
+        yield
+    finally:
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
+            norm.eval().momentum = momentum
+            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                buffer.copy_(value)
 
 
 @torch.no_grad()
 def recalibrate(
     supernet: Supernet,
     dataset: Dataset,
-    config: BitConfig,
+    config: BitConfig | None,
     *,
     images: int = 7000,
     device: str | torch.device = "cpu",
     batch_size: int = 128,
 ) -> None:
-    """Measures the batch-norm statistics of `config` anew on the first `images` training images.
+    """Sets the batch norms that `config` uses to statistics of the first `images` of `dataset`.
 
-    The mean over batches replaces the running statistics (RFQuant's release: about 7,000 images).
+    `config`: None is float mode, which needs its own recalibration after one-shot training.
+    `dataset`: items (image (C, H, W), label) of the training split; all are used if there are fewer
+    than `images`. The images are split into batches of equal size, give or take one image, of about
+    `batch_size` each. While measuring, each batch is normalised by its own statistics. The running
+    mean and (unbiased) variance become the plain mean over batches, as in RFQuant's release, which
+    uses about 7,000 images (arXiv 2401.01543).
+
+    Batch norms that several configurations share hold the statistics of the last one: recalibrate
+    right before evaluating, or use `evaluate(..., calibration=dataset)`. All modules return to
+    their earlier mode. After an error, the statistics are the old ones.
+
+    Raises ValueError if `images` is not a whole number of at least 2 or `batch_size` of at least 1,
+    for fewer than two images in `dataset`, for a `config` of another supernet, and for statistics
+    that are not finite.
     """
-    supernet = supernet.to(device, memory_format=torch.channels_last).eval()
-    norms = norms_at(supernet, config) + outside_norms(supernet)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over what follows
-        norm.train()
-    part = Subset(dataset, range(min(images, len(dataset))))
-    for x, _ in DataLoader(part, batch_size):
-        supernet(x.to(device, memory_format=torch.channels_last), config)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+    for name, value, least in (("images", images, 2), ("batch_size", batch_size, 1)):
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")
+    if (count := min(images, len(dataset))) < 2:
+        raise ValueError(f"dataset holds {count} images: recalibration needs at least 2")
+    if config is not None:
+        supernet.check(config)
+    device = select_device(device)
+    supernet = supernet.to(device, memory_format=torch.channels_last)
+    norms = _running_norms(supernet, config)
+    # No batch of a single image: at 1x1 resolution it has no variance.
+    batches = min(-(-count // batch_size), count // 2)
+    indices = [part.tolist() for part in torch.arange(count).tensor_split(batches)]
+    with _eval_mode(supernet), _averaging(list(norms.values())):
+        for x, _ in DataLoader(dataset, batch_sampler=indices):
+            supernet(x.to(device, memory_format=torch.channels_last), config)
+        ran = {name: norm for name, norm in norms.items() if norm.num_batches_tracked}
+        found = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in ran.items()}
+    for name, statistics in found.items():
+        if not all(values.isfinite().all() for values in statistics):
+            raise ValueError(f"statistics of {name!r} are not finite: check images and weights")
+    for name, norm in norms.items():
+        # A batch norm that the forward pass skips keeps its statistics.
+        present = (norm.running_mean.clone(), norm.running_var.clone())
+        _set_statistics(norm, *found.get(name, present), config)
 
 
 @contextmanager
 def batch_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within the block, the batch norms normalise by the batch at hand and learn nothing."""
+    """Within the block, batch norms normalise by the present batch and do not update statistics."""
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     try:
         for norm in norms:

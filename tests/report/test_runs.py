@@ -40,7 +40,7 @@ def test_measure_recalibrates_unless_told_not_to(supernet):
     splits = data.Splits(part, part, images(20, 1), images(24, 2), ("a", "b", "c"))
     config = supernet.uniform(3)
     before = supernet.state_dict()["model.stem.0.bank.w8a8.running_mean"].clone()
-    without = runs.measure(supernet, config, splits, images=0)
+    without = runs.measure(supernet, config, splits, images=None)
     key = "model.stem.0.bank.w8a8.running_mean"
     assert torch.equal(before, supernet.state_dict()[key])
     found = runs.measure(supernet, config, splits)
@@ -132,3 +132,10 @@ def test_a_loaded_file_is_not_executed(tmp_path):
     torch.save({"x": pytest.raises}, tmp_path / "bad.pt")
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         load_state(tmp_path / "bad.pt")
+
+
+def test_measure_refuses_an_unfit_number_of_images(supernet):
+    part = images(8)
+    splits = data.Splits(part, part, part, part, ("a", "b", "c"))
+    with pytest.raises(ValueError, match="images=0 is not allowed"):
+        runs.measure(supernet, supernet.uniform(3), splits, images=0)

@@ -1,9 +1,14 @@
 """Accuracy, recalibrated norms and batch statistics against naive counts."""
 
+import copy
+
 import pytest
 import torch
-from conftest import images
+from conftest import TinyNet, images
+from torch import nn
+from torch.utils.data import Dataset, Subset, TensorDataset
 
+from mpqlib.network.supernet import Supernet
 from mpqlib.training.evaluation import (
     batch_statistics,
     decoded,
@@ -14,11 +19,45 @@ from mpqlib.training.evaluation import (
     select_device,
     select_dtype,
 )
+from mpqlib.training.loop import TrainConfig, train
+
+
+class PreNorm(nn.Module):
+    """A batch norm before each layer, so that no layer owns one but the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.norm = nn.BatchNorm2d(8)  # after an addition: it belongs to no layer
+        self.conv, self.last = nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem_norm(self.stem(x)).relu()
+        x = x + self.conv(x)
+        return self.last(self.norm(x).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def pre_norm() -> Supernet:
+    torch.manual_seed(0)
+    return Supernet(PreNorm(), images(16, seed=1).tensors[0], (2, 3, 4))
 
 
 def statistics(supernet):
-    """Every batch norm's running mean and variance, by name."""
-    return {k: v.clone() for k, v in supernet.state_dict().items() if "running" in k}
+    """All buffers of all batch norms, by name."""
+    keys = ("running_mean", "running_var", "num_batches_tracked")
+    return {k: v.clone() for k, v in supernet.state_dict().items() if k.endswith(keys)}
+
+
+def modes(model):
+    """Of every module: its mode and, for a batch norm, its momentum."""
+    return [(m.training, getattr(m, "momentum", None)) for m in model.modules()]
+
+
+def one_shot(supernet, dataset):
+    """The supernet after two epochs of one-shot training."""
+    config = TrainConfig(epochs=2, batch_size=16, lr=0.1, warmup_epochs=0, ema_decay=0)
+    return train(supernet, dataset, config)[0]
 
 
 def test_a_model_that_was_evaluated_can_be_trained(supernet, dataset):
@@ -39,6 +78,7 @@ def test_evaluate_counts_correct_images(supernet, dataset):
     config = supernet.uniform(3)
     found = evaluate(supernet, dataset, config, batch_size=7)
     x, y = dataset.tensors
+    supernet.eval()
     logits = torch.cat([supernet(x[i : i + 1], config) for i in range(len(x))])
     assert found.correct.tolist() == (logits.argmax(1) == y).tolist()
     expected = -logits.log_softmax(1)[torch.arange(len(y)), y].mean()
@@ -46,37 +86,257 @@ def test_evaluate_counts_correct_images(supernet, dataset):
     assert found.top1 == pytest.approx(sum(found.correct.tolist()) / len(y))
 
 
-def test_recalibration_measures_the_norms_of_one_configuration_only(supernet):
-    config, data, before = supernet.uniform(3), images(32), statistics(supernet)
-    recalibrate(supernet, data, config, images=32, batch_size=16)
+def test_evaluating_and_recalibrating_keep_the_mode_of_every_module(supernet, dataset):
+    supernet.train()
+    supernet.model.norm = supernet.model.norm.eval()
+    supernet.layers["depthwise"].eval()  # as a user freezes one part
+    before = modes(supernet)
+    evaluate(supernet, dataset, supernet.uniform(3), calibration=dataset)
+    assert modes(supernet) == before
+
+
+def test_evaluate_refuses_what_it_cannot_count(supernet, dataset):
+    x, y = dataset.tensors
+    network = TinyNet()
+    with pytest.raises(ValueError, match="dataset is empty"):
+        evaluate(network, Subset(dataset, []))
+    with pytest.raises(ValueError, match="dataset is empty"):
+        decoded(Subset(dataset, []))
+    for wrong in (3, -100):  # cross_entropy ignores -100
+        labels = torch.cat([y[:-1], torch.tensor([wrong])])
+        with pytest.raises(ValueError, match=f"{wrong}.* the model has classes 0 to 2"):
+            evaluate(network, TensorDataset(x, labels))
+    with pytest.raises(ValueError, match="device='gpu' is not available here: one of"):
+        evaluate(network, dataset, device="gpu")
+    with pytest.raises(ValueError, match="need a Supernet"):
+        evaluate(network, dataset, supernet.uniform(2))
+    with pytest.raises(ValueError, match="need a Supernet"):
+        evaluate(network, dataset, calibration=dataset)
+    assert network.training
+
+
+def naive_statistics(layer, x, bits, sizes):
+    """Mean and unbiased variance of a convolution's outputs, averaged over batches, in float64."""
+    # 8-bit weights differ from the float ones: quantize by the step's grid
+    step = layer.weight_quantizer.step(bits).double()
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    weight = step * (layer.op.weight.double() / step).round().clamp(low, high)
+    outputs = [torch.conv2d(b, weight, stride=2, padding=1) for b in x.double().split(sizes)]
+    channels = [y.transpose(0, 1).flatten(1) for y in outputs]
+    means = [sum(c.mean(1) for c in channels) / len(channels)]
+    squares = [((c - c.mean(1, keepdim=True)) ** 2).sum(1) / (c.shape[1] - 1) for c in channels]
+    return means[0], sum(squares) / len(squares)
+
+
+@pytest.mark.parametrize(("n", "size", "sizes"), [(32, 16, [16, 16]), (17, 16, [9, 8])])
+def test_recalibration_measures_the_norms_of_one_configuration_only(supernet, n, size, sizes):
+    config, data, before = supernet.uniform(3), images(n), statistics(supernet)
+    supernet.eval()
+    recalibrate(supernet, data, config, images=n, batch_size=size)
     after = statistics(supernet)
     changed = {key.rsplit(".", 1)[0] for key in after if not torch.equal(after[key], before[key])}
     assert changed == {"model.stem.0.bank.w8a8", "model.depthwise.bank.w3a3"}
 
-    stem = supernet.layers["stem.0"]
-    batches = [stem.op(x) for x in data.tensors[0].split(16)]  # its input is float
-    # 8-bit weights are not the float ones: quantize by the step's grid
-    step = stem.weight_quantizer.step(8)
-    weight = step * (stem.op.weight / step).round().clamp(-128, 127)
-    batches = [torch.conv2d(x, weight, stride=2, padding=1) for x in data.tensors[0].split(16)]
-    means = torch.stack([y.mean((0, 2, 3)) for y in batches]).mean(0)
-    variances = torch.stack([y.var((0, 2, 3)) for y in batches]).mean(0)
+    stem = supernet.layers["stem.0"]  # its input is float
+    mean, var = naive_statistics(stem, data.tensors[0], 8, sizes)
     norm = stem.bank["w8a8"]
-    torch.testing.assert_close(norm.running_mean, means, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(norm.running_var, variances, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-4, atol=1e-5)
     assert norm.momentum == 0.1 and not norm.training
+
+
+@pytest.mark.parametrize(("n", "size"), [(2, 1), (3, 1), (5, 2), (9, 8), (129, 128)])
+def test_no_batch_of_a_single_image_at_1x1_resolution(n, size):
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    x = torch.randn(n, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    supernet = Supernet(network, x, (2, 4))
+    data = TensorDataset(x, torch.zeros(n, dtype=torch.long))
+    recalibrate(supernet, data, supernet.uniform(2), batch_size=size)
+    assert supernet.layers["0"].bank["w8a8"].running_var.min() > 0
 
 
 def test_recalibration_reads_no_more_images_than_it_may(supernet):
     data, config = images(32), supernet.uniform(2)
     recalibrate(supernet, data, config, images=8)
     few = statistics(supernet)
-    recalibrate(supernet, images(8), config)  # the same first eight
+    recalibrate(supernet, images(8), config)  # eight others: the labels are drawn first
     again = statistics(supernet)
     first = torch.utils.data.Subset(data, range(8))
     recalibrate(supernet, first, config)
     assert all(torch.equal(few[k], v) for k, v in statistics(supernet).items())
     assert not all(torch.equal(few[k], v) for k, v in again.items())
+
+
+@pytest.mark.parametrize("wrong", [0, -5, 1, True, "many", 20.0, None])
+def test_recalibration_refuses_an_unfit_number_of_images(supernet, dataset, wrong):
+    before = statistics(supernet)
+    with pytest.raises(ValueError, match=f"images={wrong!r} is not allowed: a whole number"):
+        recalibrate(supernet, dataset, supernet.uniform(2), images=wrong)
+    with pytest.raises(ValueError, match="batch_size=0 is not allowed"):
+        recalibrate(supernet, dataset, supernet.uniform(2), batch_size=0)
+    for few in (0, 1):
+        with pytest.raises(ValueError, match=f"dataset holds {few} images"):
+            recalibrate(supernet, Subset(dataset, range(few)), supernet.uniform(2))
+    assert all(torch.equal(before[k], v) for k, v in statistics(supernet).items())
+
+
+class Broken(Dataset):
+    """Images of which the last cannot be read, or is not finite."""
+
+    def __init__(self, error):
+        self.items, self.error = images(20), error
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        x, y = self.items[index]
+        if index < len(self) - 1:
+            return x, y
+        if self.error:
+            raise self.error
+        return x * torch.nan, y
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "match"),
+    [(OSError("truncated"), OSError, "truncated"), (None, ValueError, "are not finite")],
+)
+def test_recalibration_that_fails_changes_nothing(supernet, error, kind, match):
+    supernet.train()
+    before, mode = statistics(supernet), modes(supernet)
+    with pytest.raises(kind, match=match):
+        recalibrate(supernet, Broken(error), supernet.uniform(2), batch_size=4)
+    assert all(torch.equal(before[k], v) for k, v in statistics(supernet).items())
+    assert modes(supernet) == mode
+
+
+def test_recalibration_refuses_a_foreign_configuration(supernet, pre_norm, dataset):
+    before = statistics(supernet)
+    with pytest.raises(ValueError, match="layers unknown to this supernet"):
+        recalibrate(supernet, dataset, pre_norm.uniform(2))
+    assert all(torch.equal(before[k], v) for k, v in statistics(supernet).items())
+
+
+class Skipping(nn.Module):
+    """A network whose last batch norm does not run in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.auxiliary = TinyNet(), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_norm_that_does_not_run_keeps_its_statistics(dataset):
+    supernet = Supernet(Skipping(), dataset.tensors[0], (2, 4))
+    supernet.model.auxiliary.running_mean.fill_(3)
+    recalibrate(supernet, dataset, supernet.uniform(2))
+    assert supernet.model.auxiliary.running_mean.tolist() == [3, 3, 3]
+
+
+def shared_bank():
+    torch.manual_seed(0)
+    return Supernet(TinyNet(), images(16, seed=1).tensors[0], (2, 3, 4), pair_norms=False)
+
+
+@pytest.mark.parametrize("kind", ["outside", "shared"])
+def test_statistics_of_another_configuration_are_refused(pre_norm, dataset, kind):
+    supernet = pre_norm if kind == "outside" else shared_bank()
+    supernet = one_shot(supernet, dataset)
+    a, b = supernet.uniform(4), supernet.uniform(2)
+    unknown = evaluate(supernet, dataset, a)  # statistics of training: allowed
+    recalibrate(supernet, dataset, a)
+    right = evaluate(supernet, dataset, a)
+    recalibrate(supernet, dataset, b)
+    with pytest.raises(ValueError, match="hold statistics of another configuration: pass calib"):
+        evaluate(supernet, dataset, a)
+    evaluate(supernet, dataset, b)
+    assert evaluate(supernet, dataset, a, calibration=dataset).loss == right.loss != unknown.loss
+
+
+def test_statistics_that_two_configurations_share_are_used_for_both(supernet, dataset):
+    low, high = supernet.uniform(2), supernet.uniform(4)
+    recalibrate(supernet, dataset, low)
+    first = evaluate(supernet, dataset, low)
+    recalibrate(supernet, dataset, high)  # own norms but for the stem, which both run alike
+    assert evaluate(supernet, dataset, low).loss == first.loss
+
+
+def test_a_norm_behind_other_bits_is_refused_too(dataset):
+    torch.manual_seed(0)
+    example = images(16, seed=1).tensors[0]
+    supernet = Supernet(TinyNet(), example, (2, 3, 4), edge_bits=None)
+    low = supernet.uniform(3)
+    stem_at_2 = low.replace("stem.0", supernet.uniform(2)["stem.0"])
+    recalibrate(supernet, dataset, low)
+    recalibrate(supernet, dataset, stem_at_2)  # "depthwise" runs at 3 bits in both
+    with pytest.raises(
+        ValueError, match=r"1 of 2 batch norms, such as 'model.depthwise.bank.w3a3'"
+    ):
+        evaluate(supernet, dataset, low)
+
+
+def test_the_record_ends_where_statistics_change(pre_norm, dataset):
+    a, b = pre_norm.uniform(4), pre_norm.uniform(2)
+    before = copy.deepcopy(pre_norm.state_dict())
+    recalibrate(pre_norm, dataset, a)
+    copied = copy.deepcopy(pre_norm)
+    with pytest.raises(ValueError, match="another configuration"):
+        evaluate(copied, dataset, b)
+    copied.load_state_dict(before)
+    evaluate(copied, dataset, b)  # loaded: unknown
+    pre_norm.train()(dataset.tensors[0], a)
+    evaluate(pre_norm, dataset, b)  # trained: unknown
+    assert before.keys() == pre_norm.state_dict().keys()
+
+
+def test_the_order_of_layers_in_a_configuration_does_not_matter(pre_norm, dataset):
+    config = pre_norm.uniform(4)
+    recalibrate(pre_norm, dataset, config)
+    backwards = type(config)(config.layers[::-1])
+    assert evaluate(pre_norm, dataset, backwards).loss == evaluate(pre_norm, dataset, config).loss
+
+
+@pytest.mark.parametrize("kind", ["tiny", "outside", "shared"])
+def test_float_mode_needs_recalibration_after_one_shot_training(kind, supernet, pre_norm, dataset):
+    supernet = {"tiny": supernet, "outside": pre_norm, "shared": shared_bank()}[kind]
+    evaluate(supernet, dataset)  # converted only: the statistics are the float network's
+    recalibrate(supernet, dataset, supernet.uniform(2))
+    if kind == "tiny":
+        evaluate(supernet, dataset)  # recalibration is no training
+    supernet = one_shot(supernet, dataset)
+    with pytest.raises(ValueError, match="float mode after one-shot training"):
+        evaluate(supernet, dataset)
+    found = evaluate(supernet, dataset, calibration=dataset)
+    recalibrate(supernet, dataset, None)
+    assert evaluate(supernet, dataset).loss == found.loss
+    x, y = dataset.tensors
+    for norm in norms_at(supernet, None) + outside_norms(supernet):
+        norm.train().momentum = None
+        norm.reset_running_stats()
+    with torch.no_grad():  # the reference: one batch of all images
+        supernet(x)
+        expected = nn.functional.cross_entropy(supernet.eval()(x), y)
+    assert found.loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_float_mode_from_a_file_needs_recalibration_too(supernet, dataset):
+    trained = one_shot(supernet, dataset)
+    torch.manual_seed(0)
+    loaded = Supernet(TinyNet(), images(16, seed=1).tensors[0], (2, 3, 4))
+    loaded.load_state_dict(trained.state_dict())
+    with pytest.raises(ValueError, match="float mode after one-shot training"):
+        evaluate(loaded, dataset)
+
+
+def test_recalibration_improves_float_mode_after_one_shot_training(supernet):
+    data = images(256)
+    supernet = one_shot(supernet, data)
+    with torch.no_grad():
+        stale = float(nn.functional.cross_entropy(supernet(data.tensors[0]), data.tensors[1]))
+    assert evaluate(supernet, data, calibration=data).loss < stale
 
 
 def test_batch_statistics_are_used_and_leave_no_trace(supernet, dataset):
@@ -112,3 +372,10 @@ def test_dtype_goes_by_what_the_processor_can_do(monkeypatch, capable):
     assert select_dtype("bfloat16", "cpu") == torch.bfloat16
     with pytest.raises(ValueError, match="dtype='float16' is not allowed: auto, float32 or"):
         select_dtype("float16", "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "meta", ""])
+def test_a_device_that_is_not_here_is_refused(device):
+    with pytest.raises(ValueError, match="is not available here: one of"):
+        select_device(device)
+    assert select_device(torch.device("cpu")) == torch.device("cpu")
