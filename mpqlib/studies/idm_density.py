@@ -1,6 +1,7 @@
-"""How the outputs of a layer at few bits differ from those at many (RFQuant, Fig. 3 and 4)."""
+"""Differences between a layer's outputs at few bits and at many bits (RFQuant, Fig. 3 and 4)."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -18,13 +19,14 @@ from ..network.layers import QuantLinear
 from ..network.supernet import Supernet
 from ..report.plots import ARM_COLOURS, COLOURS
 from ..training.distortion import reading
-from ..training.evaluation import recalibrate
+from ..training.evaluation import batch_statistics, norms_at, recalibrate
 
 
 def jensen_shannon(a: Tensor, b: Tensor, bins: int = 200) -> float:
-    """Jensen-Shannon distance of two samples, 0 to 1 (the root of the divergence in bits).
+    """Jensen-Shannon distance between two samples, 0 to 1: the root of the divergence in bits.
 
-    By histograms over the central 99.8% of both together; the end bins take what lies beyond.
+    Compares histograms of `bins` bins. They span the central 99.8% of both samples together; values
+    outside are counted in the first or last bin.
     """
     a, b = a.double().flatten().numpy(), b.double().flatten().numpy()
     low, high = np.quantile(np.concatenate([a, b]), [0.001, 0.999])
@@ -34,16 +36,17 @@ def jensen_shannon(a: Tensor, b: Tensor, bins: int = 200) -> float:
 
 
 def wasserstein(a: Tensor, b: Tensor) -> float:
-    """Wasserstein-1 distance of two samples of one size: the best transport pairs them by rank."""
+    """Wasserstein-1 distance between two samples of equal size: mean distance at equal ranks."""
     a, b = (values.double().flatten().sort().values for values in (a, b))
     return float((a - b).abs().mean())
 
 
 def output_distances(low: Mapping[str, Tensor], high: Mapping[str, Tensor]) -> list[dict]:
-    """A row per layer on how its outputs `low` differ from `high`, of the same images.
+    """Distances between the outputs `low` and `high` of the same images: one row per layer.
 
-    `js`: Jensen-Shannon distance; `wasserstein`, and `rms` of the difference value by value, in
-    standard deviations of `high`, so that layers compare.
+    Columns: `js` is the Jensen-Shannon distance, `wasserstein` the Wasserstein-1 distance and `rms`
+    the root mean square of the difference value by value. The last two are in standard deviations
+    of `high`, so that layers can be compared.
     """
     rows = []
     for name, b in high.items():
@@ -54,16 +57,22 @@ def output_distances(low: Mapping[str, Tensor], high: Mapping[str, Tensor]) -> l
 
 
 def sampled(values: Tensor, size: int = 200_000) -> Tensor:
-    """A copy of `values` as a vector, or of `size` of them, from the same places every time."""
+    """A copy of at most `size` of the values, as a vector on the CPU.
+
+    Tensors of one shape are read at the same positions.
+    """
     flat = values.flatten()
     if flat.numel() <= size:
-        return flat.clone().cpu()  # a view would change with what follows in place
-    places = torch.randint(flat.numel(), (size,), generator=torch.Generator().manual_seed(0))
-    return flat.cpu()[places]
+        return flat.clone().cpu()  # later in-place operations would change a view
+    positions = torch.randint(flat.numel(), (size,), generator=torch.Generator().manual_seed(0))
+    return flat.cpu()[positions]
 
 
 def outputs_at(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]:
-    """Outputs (after the norm) of the layers that choose their bits, at uniform `bits`, sampled."""
+    """Sampled outputs (after the batch norm) of the searchable layers at uniform `bits`, by name.
+
+    x: images (N, C, H, W). Batch norms use their running statistics.
+    """
     read = reading(supernet.layers, supernet.searchable, lambda name, y: sampled(y.detach()))
     with torch.no_grad(), read as outputs:
         supernet.eval()(x, supernet.uniform(bits))
@@ -77,51 +86,60 @@ def compare_outputs(
     low: int = 2,
     high: int = 6,
     device: str | torch.device = "cpu",
+    *,
+    images: int = 7000,
 ) -> tuple[list[dict], dict[int, dict[str, Tensor]]]:
     """`output_distances` between uniform `low` and `high` bits, and the outputs by bit-width.
 
-    x: images (N, C, H, W). The norms of both are recalibrated on `calibration` first.
+    x: images (N, C, H, W). Each of the two is recalibrated first, on the first `images` training
+    images of `calibration`. The supernet then holds the statistics of `high`.
     """
     outputs = {}
     for bits in (low, high):
-        recalibrate(supernet, calibration, supernet.uniform(bits), device=device)
+        recalibrate(supernet, calibration, supernet.uniform(bits), images=images, device=device)
         outputs[bits] = outputs_at(supernet, x.to(device), bits)
     return output_distances(outputs[low], outputs[high]), outputs
 
 
 def outputs_alone(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]:
-    """Like `outputs_at`, but each layer alone has `bits`, on what it reads in the float network.
+    """Like `outputs_at`, but only one layer at a time is quantized; all others stay in float.
 
-    Its norm takes the statistics of this batch.
+    Each layer reads its input in the float network. Its batch norm uses the statistics of this
+    batch and keeps its own.
     """
     found: dict[str, Tensor] = {}
+    config, layers = supernet.uniform(bits), supernet.layers
 
-    def hook(name: str, layer: QuantLinear, args: tuple, output: Tensor) -> None:
+    def quantize(name: str, layer: QuantLinear, args: tuple, output: Tensor) -> None:
         layer.bits = config[name]
-        norm = layer.norm_at(layer.bits).train()
-        found[name] = sampled(layer.forward(*args))  # not layer(...), which would call this hook
-        norm.eval()
+        found[name] = sampled(layer.forward(*args))  # layer(...) would call this hook again
         layer.bits = None
 
-    config, layers = supernet.uniform(bits), supernet.layers
-    names = supernet.searchable
-    handles = [layers[name].register_forward_hook(partial(hook, name)) for name in names]
-    try:
-        with torch.no_grad():
-            supernet.eval()(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name in supernet.searchable:
+            handle = layers[name].register_forward_hook(partial(quantize, name))
+            hooks.callback(handle.remove)
+        supernet.eval()
+        hooks.enter_context(batch_statistics(norms_at(supernet, config)))
+        supernet(x)
     return found
 
 
 def photographs(
     image_size: int, mean: Sequence[float], std: Sequence[float], across: int = 8, down: int = 4
 ) -> Tensor:
-    """Overlapping crops of scikit-learn's two photographs, normalised: (N, 3, size, size)."""
+    """Overlapping crops of scikit-learn's two photographs, normalised: (N, 3, size, size).
+
+    `across`, `down`: number of crops of each photograph in a row and in a column, so that
+    N = 2 * across * down. `mean`, `std`: per channel, for pixels from 0 to 1. Raises ValueError for
+    an `image_size` that is larger than the photographs.
+    """
     crops = []
     for photograph in load_sample_images().images:  # (427, 640, 3) each, 0 to 255
         pixels = torch.tensor(photograph).permute(2, 0, 1) / 255  # HWC -> CHW
+        if not 1 <= image_size <= min(pixels.shape[1:]):
+            largest = min(pixels.shape[1:])
+            raise ValueError(f"image_size={image_size!r} is not allowed: from 1 to {largest}")
         rows, columns = (n - image_size for n in pixels.shape[1:])
         for top in np.linspace(0, rows, down, dtype=int):
             for left in np.linspace(0, columns, across, dtype=int):
@@ -131,7 +149,7 @@ def photographs(
 
 
 def densities(panels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
-    """Densities of a layer's outputs by bit-width, a panel per key of `panels`."""
+    """Densities of a layer's outputs by bit-width: one panel for each key of `panels`."""
     size = (3.4 * len(panels), 3.2)
     style = dict(sharex=True, sharey=True, layout="constrained", squeeze=False)
     figure, axes = plt.subplots(1, len(panels), figsize=size, **style)
@@ -147,7 +165,10 @@ def densities(panels: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
 
 
 def distances_by_layer(metrics: pd.DataFrame) -> Figure:
-    """Both distances of every layer's outputs at few bits, arms apart, 95% intervals over seeds."""
+    """Jensen-Shannon and Wasserstein distance of each layer and arm, with 95% intervals over seeds.
+
+    `metrics`: rows of `output_distances` with the columns `arm` and `seed`.
+    """
     size = (8, 1.5 + 0.2 * metrics["layer"].nunique())
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     labels = {"js": "Jensen-Shannon distance (0 to 1)", "wasserstein": "Wasserstein distance (std)"}

@@ -1,4 +1,4 @@
-"""Latent weights against their grid points while a supernet trains (RFQuant, Fig. 2)."""
+"""Distance of latent weights to their grid points during training (RFQuant, Fig. 2)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,23 +17,24 @@ from ..training.loop import Run
 
 
 def pointwise(supernet: Supernet) -> list[str]:
-    """Names of the point-wise convolutions (1x1, in one group) that choose their bits."""
+    """Names of the searchable point-wise convolutions: 1x1, with one group."""
     ops = {name: supernet.layers[name].op for name in supernet.searchable}
     convs = {name: op for name, op in ops.items() if isinstance(op, nn.Conv2d)}
     return [name for name, op in convs.items() if op.kernel_size == (1, 1) and op.groups == 1]
 
 
 def grid_points(layer: QuantLinear, bits: int) -> Tensor:
-    """The integers round(clip(w / s)) that a layer's latent weights have at `bits`, int8."""
+    """Integers round(clip(w / s)) of a layer's latent weights w at `bits`: int8, in w's shape."""
     v = layer.op.weight.detach() / layer.weight_quantizer.step(bits).detach()
     return v.clamp_(*integer_range(bits, signed=True)).round_().to(torch.int8)
 
 
 class LatentProbe:
-    """Watches latent weights: `train(..., watch=probe)` adds a row per step, layer and bit-width.
+    """Records latent weights: `train(..., watch=probe)` adds a row per step, layer and bit-width.
 
-    `names`: layers; `bits`: bit-widths, 8 at most. A row's `distance` is ||w - w_hat|| / ||w||, and
-    its `flips` the share of weights whose integer is not what it was after the previous step.
+    `names`: layers. `bits`: bit-widths, 8 at most. In a row, `distance` is ||w - w_hat|| / ||w||
+    with the quantized weights w_hat, and `flips` is the share of weights, 0 to 1, whose integer
+    changed since the previous step.
     """
 
     def __init__(self, names: Iterable[str], bits: Iterable[int]):
@@ -43,14 +44,15 @@ class LatentProbe:
 
     @torch.no_grad()
     def __call__(self, run: Run) -> None:
-        layers, taken = run.model.layers, len(self.rows) // (len(self.names) * len(self.bits))
+        layers = run.model.layers
+        step = len(self.rows) // (len(self.names) * len(self.bits))
         for name in self.names:
             weight, norm = layers[name].op.weight, layers[name].op.weight.norm()
             for bits in self.bits:
                 points = grid_points(layers[name], bits)
-                step = layers[name].weight_quantizer.step(bits)
-                row = {"step": taken, "layer": name, "bits": bits}
-                row["distance"] = float((weight - points * step).norm() / norm)
+                s = layers[name].weight_quantizer.step(bits)
+                row = {"step": step, "layer": name, "bits": bits}
+                row["distance"] = float((weight - points * s).norm() / norm)
                 before = self._last.get((name, bits), points)
                 row["flips"] = float((points != before).float().mean())
                 self._last[name, bits] = points
@@ -58,15 +60,18 @@ class LatentProbe:
 
 
 def roughness(values: Sequence[float]) -> float:
-    """Standard deviation about the straight line through `values`: a drift is no oscillation."""
+    """Standard deviation of `values` around their least-squares line.
+
+    The line removes a steady drift, which is not an oscillation.
+    """
     x = np.arange(len(values))
     return float(np.std(values - np.polyval(np.polyfit(x, values, 1), x)))
 
 
 def late_half(series: pd.DataFrame) -> pd.DataFrame:
-    """Per layer and bit-width, over the last half of the steps of a LatentProbe's rows.
+    """Summary of a LatentProbe's rows over the last half of the steps: a row per layer and bits.
 
-    `distance` and `flips` are means, `spread` is the roughness of the distance.
+    Columns: means of `distance` and `flips`, and `spread`, the `roughness` of the distance.
     """
     late = series[series["step"] > series["step"].max() / 2].sort_values("step")
     by = late.groupby(["layer", "bits"], sort=False)
@@ -75,7 +80,11 @@ def late_half(series: pd.DataFrame) -> pd.DataFrame:
 
 
 def over_steps(series: pd.DataFrame, value: str, label: str) -> Figure:
-    """Column `value` of a LatentProbe's rows over training, a panel per layer, arms by line."""
+    """Column `value` of a LatentProbe's rows over the training steps: one panel per layer.
+
+    Colours are bit-widths, line styles are arms; bands are 95% intervals over seeds. `series`: the
+    rows with the columns `arm` and `seed`.
+    """
     style = dict(x="step", y=value, hue="bits", palette=COLOURS, style="arm", errorbar=("ci", 95))
     panels = dict(col="layer", kind="line", height=3.4, aspect=1.25)
     grid = sns.relplot(series, seed=0, **style, **panels)
