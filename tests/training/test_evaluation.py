@@ -379,3 +379,10 @@ def test_a_device_that_is_not_here_is_refused(device):
     with pytest.raises(ValueError, match="is not available here: one of"):
         select_device(device)
     assert select_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_evaluate_recalibrates_on_as_many_images_as_asked(supernet, dataset):
+    config = supernet.uniform(2)
+    found = evaluate(supernet, dataset, config, calibration=images(64), images=8, batch_size=4)
+    recalibrate(supernet, Subset(images(64), range(8)), config, batch_size=4)
+    assert evaluate(supernet, dataset, config, batch_size=4).loss == found.loss
