@@ -301,8 +301,11 @@ def transforms(
     crop_pct = (0.875 if spec.photographs else 1.0) if crop_pct is None else crop_pct
     three = "a tuple or list of three numbers"
     _check("image_size", image_size, Integral, "a whole number of pixels from 1", lambda v: v >= 1)
-    _check("mean", mean, (tuple, list), three, lambda v: len(v) == 3)
-    _check("std", std, (tuple, list), f"{three} above 0", lambda v: len(v) == 3 and min(v) > 0)
+    for name, channels in dict(mean=mean, std=std).items():
+        _check(name, channels, (tuple, list), three, lambda v: len(v) == 3)
+        for value in channels:
+            _check(name, value, Real, three)
+    _check("std", std, (tuple, list), f"{three} above 0", lambda v: min(v) > 0)
     _check("crop_pct", crop_pct, Real, "above 0, at most 1", lambda v: 0 < v <= 1)
     modes = [mode.value for mode in v2.InterpolationMode]
     _check("interpolation", interpolation, str, f"one of {modes}", lambda v: v in modes)

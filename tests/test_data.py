@@ -146,6 +146,12 @@ def test_refuses_values_of_another_type(value):
         data.load("digits", **value)
 
 
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_mean_and_std_hold_numbers(name):
+    with pytest.raises(TypeError, match=rf"{name}='0\.5' is not allowed: .*three numbers"):
+        data.load("digits", **{name: (0.5, 0.5, "0.5")})
+
+
 def test_numpy_numbers_are_numbers(digits):
     numbers = dict(image_size=np.int64(24), seed=np.int32(0), search_share=np.float64(0.2))
     splits = data.load("digits", **numbers, train_images=np.int64(50))
@@ -192,6 +198,10 @@ def test_pets_keep_their_official_test_images(tmp_path):
     assert list(splits.test.labels) == [0, 1, 0, 1]
     assert sorted(splits.search.labels) == [0, 1]
     assert splits.train[0][0].shape == splits.test[0][0].shape == (3, 8, 8)
+    damaged = base / "images" / "Abyssinian_test0.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{damaged} cannot be read"):
+        splits.test[0]
 
 
 @pytest.fixture
@@ -504,6 +514,13 @@ def test_truncated_images_are_named(suffix, tmp_path):
         path.write_bytes(whole[:kept])
         with pytest.raises(ValueError, match=f"{path} cannot be read as an image"):
             data.read_image(path)
+
+
+def test_image_of_absurd_size_is_named(tmp_path):
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5 60000 60000 255 ")
+    with pytest.raises(ValueError, match=f"{path} cannot be read.*3600000000 pixels"):
+        data.read_image(path)
 
 
 def test_damaged_file_is_named_through_workers(tmp_path):

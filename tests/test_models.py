@@ -98,7 +98,9 @@ def test_lite0_weights_come_whole(lite0):
 
 
 def test_other_classes_renew_only_the_classifier(lite0):
-    other, own = models.create(LITE0, 10, pretrained=True).state_dict(), lite0.state_dict()
+    network = models.create(LITE0, 10, pretrained=True)
+    assert network.num_classes == 10
+    other, own = network.state_dict(), lite0.state_dict()
     differ = {key for key in own if not torch.equal(own[key], other[key])}
     assert list(own) == list(other) and differ == {"classifier.weight", "classifier.bias"}
     assert other["classifier.weight"].shape == (10, 1280)
