@@ -18,7 +18,7 @@ WINGS = {
     "network": ["quantizer", "bits", "layers", "tracing", "supernet", "cost"],
     "training": ["scheduler", "distortion", "step", "optimization", "evaluation", "loop"],
     "search": ["error", "moves", "greedy", "baselines"],
-    "report": ["runs", "policy", "claims", "plots"],
+    "report": ["intervals", "runs", "policy", "claims", "plots"],
     "studies": [
         "train",
         "interference",

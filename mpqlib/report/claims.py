@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pandas as pd
 from IPython.display import Markdown
-from scipy.stats import ttest_1samp
 
 from ..files import save_atomically
+from .intervals import t_interval
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 LEAST = 5  # units, such as seeds, below which a claim has no status
@@ -78,26 +78,28 @@ def assess(metrics: pd.DataFrame, claim: Claim) -> Assessment:
     values = pairs(metrics, claim)
     differences = values[claim.arm] - values[claim.base]
     differences = differences.round(9)  # what rounding leaves of a zero is no direction
-    mean, n = float(differences.mean().round(9)), len(differences)
-    low = high = float("nan")
-    if n > 1:
-        low, high = map(float, ttest_1samp(differences, 0).confidence_interval(0.95))
+    n = len(differences)
+    mean, low, high = (round(bound, 9) for bound in t_interval(differences))
     verdict = status(mean, low, high, n, claim.sign)
     return Assessment(*map(float, values.mean()), mean, low, high, n, verdict)
 
 
-def differences(metrics: pd.DataFrame, value: str, base: str, by: str) -> pd.DataFrame:
-    """Every other arm against `base` for every entry of the column `by`: one assessment a row."""
+def differences(
+    metrics: pd.DataFrame, value: str, base: str, by: str | Sequence[str]
+) -> pd.DataFrame:
+    """Every other arm against `base`, paired by seed: one assessment a row.
+
+    `value`: the column that is compared. `by`: one or more columns; each combination of their
+    entries is a group of its own.
+    """
+    by, rows = [by] if isinstance(by, str) else list(by), []
     arms = [arm for arm in metrics["arm"].unique() if arm != base]
-    claims = {
-        (arm, entry): Claim("", value, arm, base, 1, where={by: entry})
-        for entry in metrics[by].unique()
-        for arm in arms
-    }
-    return pd.DataFrame(
-        {"compared": arm, by: entry} | assess(metrics, claim)._asdict()
-        for (arm, entry), claim in claims.items()
-    )
+    for entries in metrics[by].drop_duplicates().itertuples(index=False, name=None):
+        where = dict(zip(by, entries, strict=True))
+        for arm in arms:
+            found = assess(metrics, Claim("", value, arm, base, 1, where=where))
+            rows.append({"compared": arm} | where | found._asdict())
+    return pd.DataFrame(rows)
 
 
 def row(metrics: pd.DataFrame, claim: Claim, about: str = "") -> list[str]:

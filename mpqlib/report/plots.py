@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -123,19 +124,36 @@ def policies_plot(configs: Mapping[str, BitConfig], label: str) -> Figure:
     return figure
 
 
-def difference_plot(differences: pd.DataFrame, by: str, label: str) -> Figure:
-    """Paired differences with their 95% intervals, one colour an arm; `label`: of their axis."""
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    arms, entries = (list(differences[column].unique()) for column in ("compared", by))
-    colours = sns.color_palette("colorblind", len(arms))
-    for i, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
-        part = differences[differences["compared"] == arm].set_index(by).loc[entries]
-        places = np.arange(len(entries)) + 0.2 * (i - (len(arms) - 1) / 2)
+def differences_plot(
+    differences: pd.DataFrame,
+    rows: str,
+    label: str,
+    colours: str | None = None,
+    axis: Axes | None = None,
+) -> Figure:
+    """Paired differences with their 95% intervals, in the order given, the first on top.
+
+    `differences`: from `claims.differences`. `rows`: the column whose entries name the rows.
+    `colours`: the column whose entries get one colour each, such as "compared"; None: one colour.
+    `label`: of the horizontal axis. `axis`: where to draw; None makes a figure.
+    """
+    names = list(differences[rows].unique())
+    groups = {"": differences}
+    if colours is not None:
+        groups = dict(list(differences.groupby(colours, sort=False)))
+    height = 1.1 + 0.3 * len(names) * max(1, 0.6 * len(groups))
+    if axis is None:
+        axis = plt.subplots(figsize=(7, height), layout="constrained")[1]
+    for i, (name, part) in enumerate(groups.items()):
+        shift = 0.2 * (i - (len(groups) - 1) / 2)  # so that colours lie side by side
+        places = [names.index(entry) + shift for entry in part[rows]]
         spread = [part["difference"] - part["low"], part["high"] - part["difference"]]
-        style = dict(fmt="o", capsize=3, color=colour, label=arm)
-        axis.errorbar(places, part["difference"], spread, **style)
-    axis.axhline(0, color="0.6", linewidth=1)
-    axis.set_xticks(range(len(entries)), entries)
-    axis.set(xlabel=by, ylabel=label)
-    figure.legend(frameon=False, ncols=len(arms), loc="outside upper center")
-    return figure
+        style = dict(fmt="o", capsize=3, color=ARM_COLOURS[i % len(ARM_COLOURS)], label=name)
+        axis.errorbar(part["difference"], places, xerr=spread, **style)
+    axis.axvline(0, color="0.6", linewidth=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel=label, ylabel=rows, ylim=(len(names) - 0.5, -0.5))
+    axis.locator_params(axis="x", nbins=6)
+    if colours is not None:
+        axis.figure.legend(frameon=False, ncols=len(groups), loc="outside upper center")
+    return axis.figure

@@ -12,27 +12,15 @@ import pandas as pd
 import torch
 import yaml
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
-from torch import Tensor
 
 from ..files import save_atomically, save_json
 from ..network.bits import BitConfig
 from ..network.cost import bitops, model_size
 from ..network.supernet import Supernet
 from ..training.evaluation import evaluate, recalibrate
+from .intervals import top1_interval
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "mpqlib")
-
-
-def top1_interval(correct: Tensor) -> dict[str, float]:
-    """Top-1 in % of images classified correctly or not (N,), with its 95% binomial interval.
-
-    Source: Wilson's score interval, scipy.
-    """
-    hits, n = int(correct.sum()), len(correct)
-    low, high = binomtest(hits, n).proportion_ci(0.95, "wilson")
-    percent = {"top1": hits / n, "top1_low": low, "top1_high": high}
-    return {name: float(100 * share) for name, share in percent.items()}
 
 
 def measure(

@@ -6,9 +6,9 @@ import re
 
 import pandas as pd
 import pytest
-from scipy.stats import t
+from textbook import textbook_t_interval
 
-from mpqlib.report import claims, plots
+from mpqlib.report import claims
 from mpqlib.report.claims import Claim
 
 ROWS = [  # seed, plain, better
@@ -29,18 +29,9 @@ def metrics():
     )
 
 
-def by_hand(differences):
-    """Mean and 95% t-interval of differences, from the textbook's formulas."""
-    n = len(differences)
-    mean = sum(differences) / n
-    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
-    half = t.ppf(0.975, n - 1) * deviation / math.sqrt(n)
-    return mean, mean - half, mean + half
-
-
 def test_assessment_is_the_paired_t_interval(metrics):
     found = claims.assess(metrics.sample(frac=1, random_state=0), CLAIM)
-    expected = by_hand([better - plain for _, plain, better in ROWS])
+    expected = textbook_t_interval([better - plain for _, plain, better in ROWS])
     assert (found.difference, found.low, found.high) == pytest.approx(expected)
     assert (found.arm, found.base, found.n) == (pytest.approx(71.0), pytest.approx(70.0), 5)
     assert found.status == "reproduced"
@@ -90,13 +81,15 @@ def test_an_arm_that_a_unit_lacks_is_an_error(metrics):
         claims.assess(metrics[metrics["arm"] == "plain"], CLAIM)
 
 
-def test_every_other_arm_is_compared_for_every_entry(metrics):
-    both = pd.concat([metrics, metrics.assign(data="b")])
+def test_every_other_arm_is_compared_in_every_group(metrics):
+    both = pd.concat([metrics, metrics.assign(data="b", top1=-metrics["top1"])])
     found = claims.differences(both, "top1", "plain", "data")
     assert found[["compared", "data"]].values.tolist() == [["better", "a"], ["better", "b"]]
-    assert found["difference"].tolist() == pytest.approx([1.0, 1.0])
-    axis = plots.difference_plot(found, "data", "points").axes[0]
-    assert axis.get_ylabel() == "points" and axis.get_xlabel() == "data"
+    assert found["difference"].tolist() == pytest.approx([1.0, -1.0])
+    halves = both.assign(half=both["seed"] % 2)
+    found = claims.differences(halves, "top1", "plain", ["data", "half"])
+    assert found[["data", "half"]].values.tolist() == [["a", 0], ["a", 1], ["b", 0], ["b", 1]]
+    assert found["difference"].tolist() == pytest.approx([1.2333, 0.65, -1.2333, -0.65], abs=1e-4)
 
 
 def store(metrics, root, notebook="05_x", run="small"):
@@ -162,8 +155,8 @@ def test_every_figure_of_the_page_follows_from_the_stored_files():
         arm, base = values[claim["arm"]], values[claim["base"]]
         assert arm.keys() == base.keys()
         differences = [sum(arm[u]) / len(arm[u]) - sum(base[u]) / len(base[u]) for u in arm]
-        mean, low, high = by_hand([round(d, 9) for d in differences])
-        mean = round(mean, 9)
+        found = textbook_t_interval([round(d, 9) for d in differences])
+        mean, low, high = (round(bound, 9) for bound in found)
         shown = [float(n) for n in re.findall(number, cells[2].replace("95%", ""))]
         assert shown == [float(f"{x:.2g}") for x in (mean, low, high)], claim["text"]
         clear = low * high > 0

@@ -25,16 +25,6 @@ from mpqlib.report.policy import describe_policy
 from mpqlib.training.loop import TrainConfig, train
 
 
-def test_interval_is_wilson_s():
-    # p = 0.8, n = 50, z = 1.96: centre (p + z^2/2n) / (1 + z^2/n), the textbook's formula
-    found = runs.top1_interval(torch.tensor([True] * 40 + [False] * 10))
-    z2 = 1.959964**2
-    centre, half = (0.8 + z2 / 100) / (1 + z2 / 50), (z2 * (0.16 / 50 + z2 / 1e4)) ** 0.5
-    assert found["top1"] == pytest.approx(80)
-    assert found["top1_low"] == pytest.approx(100 * (centre - half / (1 + z2 / 50)), abs=1e-4)
-    assert found["top1_high"] == pytest.approx(100 * (centre + half / (1 + z2 / 50)), abs=1e-4)
-
-
 def test_measure_recalibrates_unless_told_not_to(supernet):
     part = images(32)
     splits = data.Splits(part, part, images(20, 1), images(24, 2), ("a", "b", "c"))
