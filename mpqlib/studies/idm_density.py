@@ -1,7 +1,10 @@
 """Differences between a layer's outputs at few bits and at many bits (RFQuant, Fig. 3 and 4)."""
 
+import copy
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,11 +18,14 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data import Splits, loader
+from ..models import create
 from ..network.layers import QuantLinear
 from ..network.supernet import Supernet
 from ..report.plots import ARM_COLOURS, COLOURS
 from ..training.distortion import reading
-from ..training.evaluation import batch_statistics, norms_at, recalibrate
+from ..training.evaluation import batch_statistics, evaluate, norms_at, recalibrate
+from ..training.loop import TrainConfig, train
 
 
 def jensen_shannon(a: Tensor, b: Tensor, bins: int = 200) -> float:
@@ -99,6 +105,52 @@ def compare_outputs(
         recalibrate(supernet, calibration, supernet.uniform(bits), images=images, device=device)
         outputs[bits] = outputs_at(supernet, x.to(device), bits)
     return output_distances(outputs[low], outputs[high]), outputs
+
+
+def compare_weights(
+    model: str,
+    splits: Splits,
+    arms: Mapping[str, float],
+    bits: Sequence[int],
+    layer: str,
+    seed: int,
+    *,
+    float_config: TrainConfig,
+    config: TrainConfig,
+    probe_images: int = 256,
+    recalibration_images: int = 7000,
+    device: str | torch.device = "cpu",
+) -> dict:
+    """Train one supernet per weight of the IDM loss, and compare its smallest and largest bits.
+
+    `model`: name for `models.create`. `arms`: weight of the IDM loss by name of the arm. `bits`:
+    candidate bit-widths. `float_config`, `config`: training of the float network, which all arms
+    start from, and of the supernets; `seed` and `arms` take the place of their entries.
+    `probe_images`: images of the search split whose outputs are compared. `recalibration_images`:
+    training images for the batch-norm statistics. Returns `rows` (`output_distances`, beside
+    `top1`, the test top-1 in % with all layers at the smallest bits), each with the columns `arm`
+    and `seed`; `drawn`, some outputs of `layer` by arm and bit-width; and the wall time `seconds`.
+    """
+    started, rows, drawn = time.perf_counter(), [], {}
+    low, high = min(bits), max(bits)
+    torch.manual_seed(seed)
+    network = create(model, len(splits.classes))
+    float_config = replace(float_config, seed=seed)
+    network, _ = train(network, splits.train, float_config, device=device, label="float")
+    examples = next(iter(loader(splits.calibration, 64)))[0].to(device)
+    x = next(iter(loader(splits.search, probe_images)))[0]
+    options = dict(images=recalibration_images, device=device)
+    for arm, weight in arms.items():
+        supernet = Supernet(copy.deepcopy(network), examples, bits)
+        of_arm = replace(config, seed=seed, idm_weight=weight)
+        supernet, _ = train(supernet, splits.train, of_arm, device=device, label=arm)
+        distances, outputs = compare_outputs(supernet, x, splits.calibration, low, high, **options)
+        recalibration = dict(calibration=splits.calibration, **options)
+        found = evaluate(supernet, splits.test, supernet.uniform(low), **recalibration)
+        about = {"arm": arm, "seed": seed, "top1": 100 * found.top1}
+        rows += [about | row for row in distances]
+        drawn[arm] = {b: sampled(outputs[b][layer], 4000).tolist() for b in (low, high)}
+    return {"rows": rows, "drawn": drawn, "seconds": time.perf_counter() - started}
 
 
 def outputs_alone(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]:

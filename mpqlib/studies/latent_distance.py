@@ -1,6 +1,9 @@
 """Distance of latent weights to their grid points during training (RFQuant, Fig. 2)."""
 
-from collections.abc import Iterable, Sequence
+import copy
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,11 +12,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ..data import Splits, loader
+from ..models import create
 from ..network.layers import QuantLinear
 from ..network.quantizer import integer_range
 from ..network.supernet import Supernet
 from ..report.plots import COLOURS
-from ..training.loop import Run
+from ..training.evaluation import evaluate
+from ..training.loop import Run, TrainConfig, train
 
 
 def pointwise(supernet: Supernet) -> list[str]:
@@ -77,6 +83,48 @@ def late_half(series: pd.DataFrame) -> pd.DataFrame:
     by = late.groupby(["layer", "bits"], sort=False)
     columns = dict(distance=("distance", "mean"), spread=("distance", roughness))
     return by.agg(**columns, flips=("flips", "mean")).reset_index()
+
+
+def watch_candidates(
+    model: str,
+    splits: Splits,
+    arms: Mapping[str, Sequence[int]],
+    watched: Sequence[int],
+    seed: int,
+    *,
+    float_config: TrainConfig,
+    config: TrainConfig,
+    recalibration_images: int = 7000,
+    device: str | torch.device = "cpu",
+) -> dict:
+    """Train one supernet per arm from the same float network, and watch its latent weights.
+
+    `model`: name for `models.create`. `arms`: candidate bit-widths by name of the arm. `watched`:
+    bit-widths to watch in the point-wise convolutions, candidates of every arm. `float_config`,
+    `config`: training of the float network and of the supernets; `seed` takes the place of theirs.
+    `recalibration_images`: training images for the batch-norm statistics before each evaluation.
+    Returns `series` (rows of LatentProbe), `top1` (test top-1 in % with all layers at each of the
+    watched bit-widths), both with the columns `arm` and `seed`, and the wall time `seconds`.
+    """
+    started, series, top1 = time.perf_counter(), [], []
+    torch.manual_seed(seed)
+    network = create(model, len(splits.classes))
+    float_config = replace(float_config, seed=seed)
+    network, _ = train(network, splits.train, float_config, device=device, label="float")
+    examples = next(iter(loader(splits.calibration, 64)))[0].to(device)
+    recalibration = dict(calibration=splits.calibration, images=recalibration_images)
+    for arm, bits in arms.items():
+        supernet = Supernet(copy.deepcopy(network), examples, bits)
+        probe = LatentProbe(pointwise(supernet), watched)
+        options = dict(device=device, label=arm, watch=probe)
+        supernet, _ = train(supernet, splits.train, replace(config, seed=seed), **options)
+        about = {"arm": arm, "seed": seed}
+        series += [about | row for row in probe.rows]
+        for b in watched:
+            uniform = supernet.uniform(b)
+            found = evaluate(supernet, splits.test, uniform, device=device, **recalibration)
+            top1.append(about | {"bits": b, "top1": 100 * found.top1})
+    return {"series": series, "top1": top1, "seconds": time.perf_counter() - started}
 
 
 def over_steps(series: pd.DataFrame, value: str, label: str) -> Figure:

@@ -7,12 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import TinyNet, images
 from scipy.stats import wasserstein_distance
 from torch import nn
 
+from mpqlib import data
 from mpqlib.network.supernet import Supernet
 from mpqlib.studies import idm_density
 from mpqlib.training.evaluation import recalibrate
+from mpqlib.training.loop import TrainConfig
 
 
 def naive_jensen_shannon(p: list[float], q: list[float]) -> float:
@@ -174,3 +177,30 @@ def test_compare_outputs_recalibrates_on_as_many_images_as_asked(supernet, datas
 def test_photographs_refuses_sizes_beyond_the_originals(size):
     with pytest.raises(ValueError, match=f"image_size={size} is not allowed: from 1 to 427"):
         idm_density.photographs(size, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_compare_weights_pairs_its_arms(monkeypatch):
+    monkeypatch.setattr(idm_density, "create", lambda model, classes: TinyNet())
+    parts = {part: images(64) for part in ("train", "calibration", "search", "test")}
+    splits = data.Splits(**parts, classes=["red", "green", "blue"])
+    config = TrainConfig(epochs=1, batch_size=32, warmup_epochs=0, scheduler=False)
+    configs = dict(float_config=config, config=config)
+
+    def compared(seed: int, **arms) -> dict:
+        options = dict(probe_images=16, recalibration_images=32)
+        return idm_density.compare_weights(
+            "tiny", splits, arms, [2, 4, 6], layer, seed, **configs, **options
+        )
+
+    def of_arm(found: dict, arm: str) -> list:
+        return [{**row, "arm": ""} for row in found["rows"] if row["arm"] == arm]
+
+    layer = "pointwise"
+    found = compared(0, none=0.0, again=0.0, strong=100.0)
+    assert of_arm(found, "none") == of_arm(found, "again") != of_arm(found, "strong")
+    assert found["drawn"]["none"] == found["drawn"]["again"]
+    assert {bits for by_bits in found["drawn"].values() for bits in by_bits} == {2, 6}
+    assert len({row["layer"] for row in found["rows"]}) > 1
+    assert all(0 <= row["top1"] <= 100 for row in found["rows"])
+    assert of_arm(compared(0, none=0.0), "none") == of_arm(found, "none")
+    assert of_arm(compared(1, none=0.0), "none") != of_arm(found, "none")

@@ -8,6 +8,7 @@ import torch
 from conftest import TinyNet, images
 from torch import nn
 
+from mpqlib import data
 from mpqlib.network.supernet import Supernet
 from mpqlib.studies import latent_distance
 from mpqlib.training.loop import TrainConfig, train
@@ -119,3 +120,30 @@ def test_plot_has_a_panel_for_each_layer():
     figure = latent_distance.over_steps(pd.DataFrame(steps), "flips", "share")
     assert [axis.get_title() for axis in figure.axes] == ["x", "y"]
     assert {axis.get_xlabel() for axis in figure.axes} == {"training step"}
+
+
+def test_watch_candidates_pairs_its_arms(monkeypatch):
+    monkeypatch.setattr(latent_distance, "create", lambda model, classes: TinyNet())
+    parts = {part: images(64) for part in ("train", "calibration", "search", "test")}
+    splits = data.Splits(**parts, classes=["red", "green", "blue"])
+    options = dict(epochs=1, batch_size=32, warmup_epochs=0)
+    configs = dict(float_config=TrainConfig(**options), config=TrainConfig(**options, lr=0.1))
+
+    def watched(seed: int, **arms) -> dict:
+        return latent_distance.watch_candidates(
+            "tiny", splits, arms, [4], seed, **configs, recalibration_images=32
+        )
+
+    def of_arm(found: dict, arm: str) -> list:
+        rows = [*found["series"], *found["top1"]]
+        return [{**row, "arm": ""} for row in rows if row["arm"] == arm]
+
+    found = watched(0, a=[2, 4], b=[2, 4], c=[4, 6])
+    assert of_arm(found, "a") == of_arm(found, "b") != of_arm(found, "c")
+    assert {row["step"] for row in found["series"]} == {0, 1}
+    assert {row["bits"] for row in found["series"]} == {4}
+    assert all(0 <= row["top1"] <= 100 for row in found["top1"])
+    again, other = watched(0, a=[2, 4]), watched(1, a=[2, 4])
+    assert of_arm(again, "a") == of_arm(found, "a")
+    distances = [[row["distance"] for row in one["series"]] for one in (again, other)]
+    assert distances[0] != distances[1]
