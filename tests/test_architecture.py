@@ -18,7 +18,7 @@ WINGS = {
     "network": ["quantizer", "bits", "layers", "tracing", "supernet", "cost"],
     "training": ["scheduler", "distortion", "step", "optimization", "evaluation", "loop"],
     "search": ["error", "moves", "greedy", "baselines"],
-    "report": ["intervals", "runs", "policy", "claims", "plots"],
+    "report": ["intervals", "tables", "runs", "policy", "paper", "claims", "plots"],
     "studies": [
         "train",
         "interference",

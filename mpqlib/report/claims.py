@@ -1,41 +1,35 @@
-"""Claims of the paper and what stored seeds say of them: `python -m mpqlib.report.claims`."""
+"""Judges claims by stored runs and writes the tables: `python -m mpqlib.report.claims`."""
+
+from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
-from IPython.display import Markdown
 
 from ..files import save_atomically
 from .intervals import t_interval
+from .paper import FINDINGS, PAPER, Claim, Listed
+from .runs import checkout
+from .tables import markdown_table, show_markdown
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
-LEAST = 5  # units, such as seeds, below which a claim has no status
-HEADS = "claim", "measured", "paired difference [95%]", "n", "paper", "status"
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+
+LEAST = 5  # units, such as seeds, that a claim needs to be judged
+WORDS = {  # source of a claim -> status if the interval lies on the claimed side, or on the other
+    "paper": ("reproduced", "contradicted"),
+    "ours": ("holds", "does not hold"),
+}
+# Of the checkout that the current folder lies in, or else of the one that this package lies in.
+RESULTS = (checkout(Path.cwd()) or checkout(Path(__file__)) or Path()) / "results"
+
 START, END = "<!-- claims: written by python -m mpqlib.report.claims -->", "<!-- end of claims -->"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That one arm's value differs from another's in a stated direction.
-
-    `value`: column of the metrics; `arm`, `base`: two entries of its column `arm`; `sign`: of the
-    difference, +1 or -1; `unit`: the column whose entries are paired, each averaged first, such as
-    `seed`; `where`: rows that count, by column and entry; `paper`: the figure to compare with.
-    """
-
-    text: str
-    value: str
-    arm: str
-    base: str
-    sign: int
-    paper: str = "no figure"
-    unit: str = "seed"
-    where: Mapping[str, str | int | float] = field(default_factory=dict)
+HEADS = "claim", "paper", "measured", "difference [95%]", "n", "status"
 
 
 class Assessment(NamedTuple):
@@ -51,7 +45,7 @@ class Assessment(NamedTuple):
 
 
 def pairs(metrics: pd.DataFrame, claim: Claim) -> pd.DataFrame:
-    """The two arms' values, one row per unit; raises ValueError where a unit lacks an arm."""
+    """The values of both arms, one row per unit; raises ValueError if a unit lacks an arm."""
     for column, entry in claim.where.items():
         metrics = metrics[metrics[column] == entry]
     values = metrics.pivot_table(index=claim.unit, columns="arm", values=claim.value)
@@ -63,34 +57,41 @@ def pairs(metrics: pd.DataFrame, claim: Claim) -> pd.DataFrame:
     return values
 
 
-def status(difference: float, low: float, high: float, n: int, sign: int) -> str:
-    """*reproduced*: the claimed sign, and the interval excludes zero; *direction only*: the sign;
-    else *not reproduced*. Fewer than LEAST units: *not tested here*."""
+def status(claim: Claim, low: float, high: float, n: int) -> str:
+    """The status of a claim whose paired difference has the 95% interval from `low` to `high`.
+
+    *reproduced* (ours: *holds*): the interval excludes zero, and the difference has the claimed
+    sign. *contradicted* (ours: *does not hold*): it excludes zero, with the opposite sign.
+    *undecided*: it holds zero. *not tested*: fewer than LEAST units. If the claim has a margin, the
+    margin replaces zero.
+    """
     if n < LEAST:
-        return "not tested here"
-    if not difference * sign > 0:
-        return "not reproduced"
-    return "reproduced" if low * high > 0 else "direction only"
+        return "not tested"
+    yes, no = WORDS[claim.source]
+    # Both bounds in the claimed direction
+    worst, best = sorted((claim.sign * low, claim.sign * high))
+    if worst > -claim.margin:
+        return yes
+    return no if best < -claim.margin else "undecided"
 
 
 def assess(metrics: pd.DataFrame, claim: Claim) -> Assessment:
-    """A claim against the metrics of a run: paired t-interval over its units (scipy)."""
+    """Judges a claim by the metrics of a run: the paired t-interval over its units."""
     values = pairs(metrics, claim)
-    differences = values[claim.arm] - values[claim.base]
-    differences = differences.round(9)  # what rounding leaves of a zero is no direction
+    # Rounding: 0.1 + 0.2 - 0.3 has no direction
+    differences = (values[claim.arm] - values[claim.base]).round(9)
     n = len(differences)
     mean, low, high = (round(bound, 9) for bound in t_interval(differences))
-    verdict = status(mean, low, high, n, claim.sign)
-    return Assessment(*map(float, values.mean()), mean, low, high, n, verdict)
+    return Assessment(*map(float, values.mean()), mean, low, high, n, status(claim, low, high, n))
 
 
 def differences(
     metrics: pd.DataFrame, value: str, base: str, by: str | Sequence[str]
 ) -> pd.DataFrame:
-    """Every other arm against `base`, paired by seed: one assessment a row.
+    """Assesses every other arm against `base`, paired by seed: one row per arm and group.
 
-    `value`: the column that is compared. `by`: one or more columns; each combination of their
-    entries is a group of its own.
+    `value`: the column to compare. `by`: one or more columns; each combination of their entries is
+    a group. Columns: `compared` (the arm), those of `by`, and those of Assessment.
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
     arms = [arm for arm in metrics["arm"].unique() if arm != base]
@@ -102,78 +103,164 @@ def differences(
     return pd.DataFrame(rows)
 
 
-def row(metrics: pd.DataFrame, claim: Claim, about: str = "") -> list[str]:
-    """The cells of a claim under HEADS; figures follow an \u2248 sign, for they were measured."""
-    a = assess(metrics, claim)
-    unit = f"{a.n} {claim.unit}{'s' * (a.n != 1)}"
+def counted(n: int, unit: str) -> str:
+    """A number of units in words, such as "1 seed" or "5 seeds"."""
+    return f"{n} {unit}" if n == 1 else f"{n} {unit}s"
+
+
+def explained(found: Assessment, claim: Claim) -> str:
+    """The status in words; if undecided, with the largest claimed effect that is not excluded."""
+    if found.status == "not tested":
+        return f"*not tested*: {counted(found.n, claim.unit)}, at least {LEAST} needed"
+    if found.status == "undecided":
+        side, bound = ("above", found.high) if claim.sign > 0 else ("below", found.low)
+        return f"*undecided*, {side} \u2248 {bound:+.2g} excluded"
+    return f"*{found.status}*"
+
+
+def cells(metrics: pd.DataFrame, claim: Claim, link: str = "") -> list[str]:
+    """The row of a claim under HEADS; measured numbers follow an \u2248 sign.
+
+    `link`: to the run, stands behind the number of units.
+    """
+    found = assess(metrics, claim)
     return [
         claim.text,
-        f"{claim.arm} \u2248 {a.arm:.3g}, {claim.base} \u2248 {a.base:.3g}",
-        f"\u2248 {a.difference:+.2g} [{a.low:+.2g}, {a.high:+.2g}]",
-        f"{unit}, {about}" if about else unit,
-        claim.paper,
-        f"*{a.status}*",
+        "our own finding" if claim.source == "ours" else claim.paper,
+        f"{claim.arm} \u2248 {found.arm:.3g}, {claim.base} \u2248 {found.base:.3g}",
+        f"\u2248 {found.difference:+.2g} [{found.low:+.2g}, {found.high:+.2g}]",
+        ", ".join(filter(None, [counted(found.n, claim.unit), link])),
+        explained(found, claim),
     ]
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells under HEADS, as Markdown."""
-    lines = [HEADS, ["---"] * len(HEADS), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def table(metrics: pd.DataFrame, claims: Sequence[Claim]) -> str:
+    """Claims judged by the metrics of one run, as a Markdown table."""
+    return markdown_table(HEADS, [cells(metrics, claim) for claim in claims])
 
 
 def stored(notebook: str, run: str, results: Path = RESULTS) -> tuple[pd.DataFrame, list[Claim]]:
-    """Metrics and claims of a stored run; raises FileNotFoundError, naming the runs there are."""
-    folder = Path(results) / notebook / run
+    """Metrics and claims of a stored run.
+
+    Raises FileNotFoundError if the run or all results are missing, and names the runs there are.
+    """
+    folder = Path(results).resolve() / notebook / run
     if not (folder / "claims.json").exists():
         there = sorted(path.parent.name for path in folder.parent.glob("*/claims.json"))
-        raise FileNotFoundError(f"no claims in {folder}; runs of {notebook}: {there}")
+        raise FileNotFoundError(
+            f"no claims in {folder}; runs of {notebook} there: {there}. Stored runs are part of "
+            "mpqlib's repository, not of the installed package: work inside a checkout of it, or "
+            "pass results=<its folder results>"
+        )
     claims = [Claim(**claim) for claim in json.loads((folder / "claims.json").read_text())]
     return pd.read_csv(folder / "metrics.csv"), claims
 
 
 def judge(metrics: pd.DataFrame, claims: Sequence[Claim]) -> Markdown:
-    """The claims against metrics at hand, as a table to read."""
-    return Markdown(table([row(metrics, claim) for claim in claims]))
+    """The claims judged by `metrics`, as a table that a notebook shows."""
+    return show_markdown(table(metrics, claims))
 
 
 def show(notebook: str, run: str, results: Path = RESULTS) -> Markdown:
-    """The claims of a stored run, as a table to read."""
+    """The claims of a stored run, judged, as a table that a notebook shows."""
     return judge(*stored(notebook, run, results))
 
 
 def documents(claims: Sequence[Claim]) -> list[dict]:
-    """What claims.json holds."""
+    """The claims as claims.json holds them."""
     return [asdict(claim) for claim in claims]
 
 
-def page(results: Path = RESULTS) -> str:
-    """All claims of all stored runs as one table, each run linked."""
-    rows = []
-    for path in sorted(Path(results).glob("*/*/claims.json")):
-        notebook, run = path.parts[-3:-1]
-        metrics, claims = stored(notebook, run, results)
-        link = f"[{notebook[:2]} {run}](results/{notebook}/{run})"
-        rows += [row(metrics, claim, link) for claim in claims]
-    return table(rows)
+def listed_cells(claim: Listed, results: Path) -> list[str]:
+    """The row under HEADS of a claim that its own stored run judges."""
+    row = ["", "", "", "", "", f"*not tested*: {claim.notebook} has no run yet"]
+    if claim.run is not None:
+        run = f"{claim.notebook}/{claim.run}"
+        metrics = pd.read_csv(Path(results) / run / "metrics.csv")
+        row = cells(metrics, claim, f"[{claim.notebook[:2]} {claim.run}](results/{run})")
+    what = f"{claim.text}<br>Measure: {claim.measure}"
+    paper = claim.place if claim.source == "ours" else f"{claim.place}<br>{claim.paper}"
+    return [what, paper, *row[2:]]
+
+
+INTRODUCTION = f"""\
+Each claim of a paper is judged by one measure on one run, the largest there is. The difference is
+arm minus base, paired by seed, with its 95% t-interval. *Reproduced*: the interval excludes zero
+and the difference has the claimed sign. *Contradicted*: it excludes zero, with the opposite sign.
+*Undecided*: it holds zero; the table says which effects it excludes. *Not tested*: no run yet, or
+fewer than {LEAST} seeds. These runs use small networks and data sets; none was trained on ImageNet.
+The papers' figures were taken from summaries by others and are not yet checked against the papers.
+"""
+
+
+def first_page(results: Path = RESULTS) -> str:
+    """The claims part of README.md: claims of the papers, then our own findings."""
+    paper, ours = (
+        markdown_table(HEADS, [listed_cells(claim, results) for claim in listed])
+        for listed in (PAPER, FINDINGS)
+    )
+    parts = [
+        INTRODUCTION.rstrip(),
+        paper,
+        "Our own findings, judged alike, *hold* or *do not hold*:",
+        ours,
+        "All rows of all runs are in [`results/README.md`](results/README.md).",
+    ]
+    return "\n\n".join(parts)
+
+
+def run_section(folder: Path) -> str:
+    """The part of results/README.md about one run: where it comes from, and its claims."""
+    notebook, run = folder.parts[-2:]
+    source = json.loads((folder / "provenance.json").read_text())
+    commit, seeds = source["commit"] or "unknown", len(source["seeds"])
+    about = (
+        f"Made with mpqlib commit {commit[:7]} on {source['date'][:10]}; number of seeds: {seeds};"
+    )
+    about += f" [settings]({notebook}/{run}/parameters.yaml)."
+    lines = [f"## [{notebook} / {run}]({notebook}/{run})", about]
+    if (folder / "claims.json").exists():
+        lines.append(table(*stored(notebook, run, folder.parents[1])))
+    else:
+        lines.append("This run judges no claim.")
+    return "\n\n".join(lines)
+
+
+def results_page(results: Path = RESULTS) -> str:
+    """The text of results/README.md: all rows of all stored runs."""
+    folders = sorted(path.parent for path in Path(results).glob("*/*/provenance.json"))
+    files = Path(results).glob("*/*/claims.json")
+    count = sum(len(json.loads(file.read_text())) for file in files)
+    head = f"""\
+# Results
+
+Written by `python -m mpqlib.report.claims` from the files beside it.
+
+The runs below test {count} rows. Each has a 95% interval, so about one row in twenty, here about
+{round(count / 20)}, would exclude zero by chance even if no arm differed from another. A single
+row is weak evidence; the [first page](../README.md) judges each claim of a paper once. Training
+and search may have changed since the commit that a run names."""
+    return "\n\n".join([head, *map(run_section, folders)]) + "\n"
 
 
 def write(root: Path) -> None:
-    """Writes results/README.md, and the claims between the two marks of README.md, under `root`."""
-    readme, text = root / "README.md", page(root / "results")
-    head = "# Results\n\nWritten by `python -m mpqlib.report.claims` from the files beside it.\n\n"
-    own = head + text.replace("](results/", "](") + "\n"
-    save_atomically(root / "results" / "README.md", lambda part: part.write_text(own))
+    """Writes results/README.md and the claims part of README.md under `root`.
+
+    Raises ValueError if README.md lacks the two marks around that part.
+    """
+    results, readme = root / "results", root / "README.md"
     before, _, rest = readme.read_text().partition(START)
     _, _, after = rest.partition(END)
     if not (rest and after):
         raise ValueError(f"{readme} lacks the marks {START!r} and {END!r}")
-    whole = f"{before}{START}\n{text}\n{END}{after}"
+    whole = f"{before}{START}\n{first_page(results)}\n{END}{after}"
+    page = results_page(results)
+    save_atomically(results / "README.md", lambda part: part.write_text(page))
     save_atomically(readme, lambda part: part.write_text(whole))
 
 
 def main() -> None:
-    """Writes the pages anew."""
+    """Writes both pages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=RESULTS.parent, help="of the repository")
     write(parser.parse_args().root)

@@ -1,11 +1,13 @@
-"""What a run shows and stores: measurements with intervals, pictures, policy and provenance."""
+"""Measures configurations and stores a run with its provenance."""
 
+import json
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
@@ -60,13 +62,53 @@ def processor() -> str:
     return f"{len(named)} x {named[0]}" if named else platform.processor()
 
 
+def checkout(path: Path) -> Path | None:
+    """The checkout of mpqlib's repository that `path` lies in, or None."""
+    path = Path(path).resolve()
+    for folder in (path, *path.parents):
+        file = folder / "pyproject.toml"
+        if file.is_file() and re.search(r'^name = "mpqlib"$', file.read_text("utf-8"), re.M):
+            return folder
+    return None
+
+
+def own_commit() -> str | None:
+    """The commit of the checkout that this package runs from; None if it is not in one.
+
+    A repository of another project around the package, such as one that holds a virtual
+    environment, does not count, nor does a file that is not tracked.
+    """
+    file = Path(__file__).resolve()
+    root = checkout(file)
+    if root is None or not (root / ".git").exists():
+        return None
+    for question in (["ls-files", "--error-unmatch", str(file)], ["rev-parse", "HEAD"]):
+        try:
+            answer = subprocess.run(["git", "-C", root, *question], capture_output=True, text=True)
+        except FileNotFoundError:  # no git
+            return None
+        if answer.returncode != 0:
+            return None
+    return answer.stdout.strip()
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, or None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def provenance(seeds: Sequence[int], seconds: float) -> dict:
-    """Where numbers come from: commit, package versions, processor, seeds, wall time in s."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    """Commit of mpqlib (None outside its repository), package versions, processor, seeds and date.
+
+    `seconds`: wall time of the whole study.
+    """
+    versions = {package: installed_version(package) for package in PACKAGES}
     return {
-        "commit": commit or None,
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+        "commit": own_commit(),
+        "versions": {"python": platform.python_version()} | versions,
         "processor": processor(),
         "seeds": list(seeds),
         "seconds": round(seconds, 1),
@@ -83,13 +125,29 @@ def save_run(
     figures: Mapping[str, Figure],
     **documents: object,
 ) -> None:
-    """Writes parameters.yaml, metrics.csv, provenance.json (`source`), figures as PNG and
-    `documents` as JSON into `folder`, each atomically."""
+    """Writes parameters.yaml, metrics.csv, provenance.json, figures and documents into `folder`.
+
+    `source`: from `provenance`. `figures` become PNG files, `documents` JSON files. Each file is
+    written atomically. provenance.json lists them, and the next run in this folder removes those
+    that it does not write itself.
+    """
     folder = Path(folder)
     text = yaml.safe_dump(dict(parameters), sort_keys=False)
+    names = ["parameters.yaml", "metrics.csv", *(f"{name}.json" for name in documents)]
+    names += [f"{name}.png" for name in figures]
+    for name in set(_files_of_earlier_run(folder)) - set(names):
+        (folder / name).unlink(missing_ok=True)
+    save_json(folder / "provenance.json", {**source, "files": names})
     save_atomically(folder / "parameters.yaml", lambda part: part.write_text(text))
     save_atomically(folder / "metrics.csv", lambda part: metrics.to_csv(part, index=False))
-    for name, document in {"provenance": source, **documents}.items():
+    for name, document in documents.items():
         save_json(folder / f"{name}.json", document)
     for name, figure in figures.items():
         save_atomically(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
+
+
+def _files_of_earlier_run(folder: Path) -> list[str]:
+    """Names of the files that an earlier `save_run` wrote into `folder`."""
+    file = folder / "provenance.json"
+    listed = json.loads(file.read_text()).get("files", []) if file.exists() else []
+    return [name for name in listed if Path(name).name == name]

@@ -3,13 +3,16 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from textbook import textbook_t_interval
 
 from mpqlib.report import claims
-from mpqlib.report.claims import Claim
+from mpqlib.report.paper import FINDINGS, PAPER, Claim, Listed
 
 ROWS = [  # seed, plain, better
     (0, 70.0, 71.0),
@@ -39,8 +42,9 @@ def test_assessment_is_the_paired_t_interval(metrics):
 
 def test_what_rounding_leaves_of_a_zero_is_no_direction(metrics):
     even = metrics.assign(top1=[0.1 + 0.2] * 5 + [0.3] * 5)
-    assert claims.assess(even, CLAIM).status == "not reproduced"
-    assert claims.assess(even, Claim("", "top1", "better", "plain", -1)).status == "not reproduced"
+    for sign in (1, -1):
+        claim = Claim("", "top1", "better", "plain", sign)
+        assert claims.assess(even, claim).status == "undecided"
 
 
 def test_rows_of_one_unit_are_averaged_before_they_are_paired(metrics):
@@ -57,20 +61,65 @@ def test_only_rows_that_count_are_read(metrics):
 
 
 @pytest.mark.parametrize(
-    "difference, low, high, n, sign, expected",
+    "low, high, n, sign, margin, expected",
     [
-        (1.0, 0.2, 1.8, 5, +1, "reproduced"),
-        (1.0, -0.2, 2.2, 5, +1, "direction only"),
-        (-1.0, -2.2, 0.2, 5, +1, "not reproduced"),
-        (1.0, 0.2, 1.8, 5, -1, "not reproduced"),  # clear, but the other way
-        (-1.0, -1.8, -0.2, 9, -1, "reproduced"),
-        (0.0, 0.0, 0.0, 5, +1, "not reproduced"),
-        (1.0, 0.2, 1.8, 4, +1, "not tested here"),
-        (1.0, math.nan, math.nan, 1, +1, "not tested here"),
+        (0.2, 1.8, 5, +1, 0, ("reproduced", "holds")),
+        (-0.2, 2.2, 5, +1, 0, ("undecided", "undecided")),
+        (-2.2, 0.2, 5, +1, 0, ("undecided", "undecided")),
+        (0.0, 0.0, 5, +1, 0, ("undecided", "undecided")),
+        (0.2, 1.8, 5, -1, 0, ("contradicted", "does not hold")),
+        (-1.8, -0.2, 9, -1, 0, ("reproduced", "holds")),
+        (0.2, 1.8, 4, +1, 0, ("not tested", "not tested")),
+        (math.nan, math.nan, 1, +1, 0, ("not tested", "not tested")),
+        # No worse than the other arm by 0.5
+        (-0.4, 0.1, 5, +1, 0.5, ("reproduced", "holds")),
+        (-0.6, 0.1, 5, +1, 0.5, ("undecided", "undecided")),
+        (-0.9, -0.6, 5, +1, 0.5, ("contradicted", "does not hold")),
+        (-0.1, 0.4, 5, -1, 0.5, ("reproduced", "holds")),
     ],
 )
-def test_status(difference, low, high, n, sign, expected):
-    assert claims.status(difference, low, high, n, sign) == expected
+def test_status(low, high, n, sign, margin, expected):
+    for source, word in zip(("paper", "ours"), expected, strict=True):
+        claim = Claim("", "top1", "better", "plain", sign, source=source, margin=margin)
+        assert claims.status(claim, low, high, n) == word
+
+
+@given(st.floats(-9, 9), st.floats(0, 9), st.sampled_from([1, -1]))
+def test_status_does_not_change_if_the_arms_are_swapped(mean, half, sign):
+    claim = Claim("", "top1", "better", "plain", sign)
+    swapped = Claim("", "top1", "plain", "better", -sign)
+    one = claims.status(claim, mean - half, mean + half, 5)
+    assert one == claims.status(swapped, -mean - half, -mean + half, 5)
+
+
+def test_an_undecided_claim_says_which_effects_are_excluded(metrics):
+    noisy = metrics.assign(top1=metrics["top1"] + 9 * (metrics["seed"] % 2) * (metrics.index > 4))
+    for sign, side in ((1, "above \u2248 +"), (-1, "below \u2248 -")):
+        claim = Claim("", "top1", "better", "plain", sign)
+        found = claims.assess(noisy, claim)
+        bound = found.high if sign > 0 else found.low
+        assert found.low < 0 < found.high
+        assert claims.explained(found, claim) == (f"*undecided*, {side}{abs(bound):.2g} excluded")
+
+
+def test_too_few_seeds_are_named():
+    rows = [{"seed": 0, "arm": arm, "top1": 1.0} for arm in ("plain", "better")]
+    cells = claims.cells(pd.DataFrame(rows), CLAIM)
+    assert cells[-1] == "*not tested*: 1 seed, at least 5 needed"
+
+
+def test_earlier_files_mark_our_own_findings_in_the_text():
+    claim = Claim("ours: better is better", "top1", "better", "plain", +1)
+    assert (claim.text, claim.source) == ("better is better", "ours")
+    (again,) = claims.documents([claim])
+    assert again["source"] == "ours" and Claim(**again) == claim
+
+
+@pytest.mark.parametrize("wrong", [{"sign": 0}, {"source": "theirs"}, {"margin": -1.0}])
+def test_claims_that_make_no_sense_are_refused(wrong):
+    name = next(iter(wrong))
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed"):
+        Claim(**{**vars(CLAIM), **wrong})
 
 
 def test_an_arm_that_a_unit_lacks_is_an_error(metrics):
@@ -92,63 +141,113 @@ def test_every_other_arm_is_compared_in_every_group(metrics):
     assert found["difference"].tolist() == pytest.approx([1.2333, 0.65, -1.2333, -0.65], abs=1e-4)
 
 
-def store(metrics, root, notebook="05_x", run="small"):
-    folder = root / "results" / notebook / run
+@pytest.fixture
+def root(metrics, tmp_path, monkeypatch):
+    """A repository with one stored run, and claims listed for it."""
+    folder = tmp_path / "results" / "05_x" / "small"
     folder.mkdir(parents=True)
     metrics.to_csv(folder / "metrics.csv", index=False)
     (folder / "claims.json").write_text(json.dumps(claims.documents([CLAIM])))
+    source = {"commit": "0123456789abcdef", "seeds": [0, 1, 2, 3, 4], "date": "2026-01-02T03:04:05"}
+    (folder / "provenance.json").write_text(json.dumps(source))
+    (tmp_path / "README.md").write_text(f"before\n{claims.START}\nearlier table\n{claims.END}\nafter\n")
+    about = dict(place="Paper, Table 1", measure="top-1 (%)", notebook="05_x")
+    listed = [Listed(**vars(CLAIM), **about, run=run) for run in ("small", None)]
+    monkeypatch.setattr(claims, "PAPER", listed)
+    monkeypatch.setattr(claims, "FINDINGS", [replace(listed[0], source="ours", place="ours")])
+    return tmp_path
 
 
-def test_pages_are_written_from_what_is_stored(metrics, tmp_path):
-    store(metrics, tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{claims.START}\nold\n{claims.END}\nafter\n")
-    claims.write(tmp_path)
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "| better is better | better \u2248 71, plain \u2248 70 | \u2248 +1 [" in text
-    assert "5 seeds, [05 small](results/05_x/small) | +1.0 | *reproduced* |" in text
-    page = (tmp_path / "results" / "README.md").read_text()
-    assert "[05 small](05_x/small)" in page
-    claims.write(tmp_path)
-    assert readme.read_text() == text
+def test_the_first_page_judges_listed_claims_by_their_stored_run(root):
+    claims.write(root)
+    text = (root / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "earlier table" not in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| b")]
+    judged, untested, ours = rows
+    assert judged[0] == "better is better<br>Measure: top-1 (%)"
+    assert judged[1] == "Paper, Table 1<br>+1.0"
+    assert judged[2] == "better \u2248 71, plain \u2248 70"
+    assert judged[3].startswith("\u2248 +1 [")
+    assert judged[4:] == ["5 seeds, [05 small](results/05_x/small)", "*reproduced*"]
+    assert untested[-1] == "*not tested*: 05_x has no run yet"
+    assert ours[-1] == "*holds*"
+    claims.write(root)
+    assert (root / "README.md").read_text() == text
 
-    readme.write_text("no marks")
+
+def test_the_results_page_holds_every_row_and_says_how_many_were_tested(root):
+    claims.write(root)
+    page = (root / "results" / "README.md").read_text()
+    assert "The runs below test 1 rows" in page
+    assert "[05_x / small](05_x/small)" in page and "commit 0123456 on 2026-01-02" in page
+    assert "| better is better | +1.0 | better \u2248 71, plain \u2248 70 |" in page
+
+
+def test_a_page_without_marks_is_left_alone(root):
+    (root / "README.md").write_text("no marks")
     with pytest.raises(ValueError, match="lacks the marks"):
-        claims.write(tmp_path)
+        claims.write(root)
+    assert not (root / "results" / "README.md").exists()
 
 
-def test_a_run_that_is_not_there_names_those_that_are(metrics, tmp_path):
-    store(metrics, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"runs of 05_x: \['small'\]"):
-        claims.stored("05_x", "large", tmp_path / "results")
+def test_a_run_that_is_not_there_names_those_that_are(root):
+    with pytest.raises(FileNotFoundError, match=r"runs of 05_x there: \['small'\]"):
+        claims.stored("05_x", "large", root / "results")
+
+
+def test_missing_results_are_named_with_their_source(tmp_path):
+    with pytest.raises(FileNotFoundError, match="part of mpqlib's repository"):
+        claims.stored("05_x", "small", tmp_path / "nowhere")
 
 
 def test_the_pages_of_this_repository_are_up_to_date():
-    root = claims.RESULTS.parent
-    text = claims.page()
-    readme = (root / "README.md").read_text()
-    assert readme.partition(claims.START)[2].partition(claims.END)[0].strip() == text
-    page = (claims.RESULTS / "README.md").read_text()
-    assert page.endswith(text.replace("](results/", "](") + "\n")
+    readme = (claims.RESULTS.parent / "README.md").read_text()
+    shown = readme.partition(claims.START)[2].partition(claims.END)[0].strip()
+    assert shown == claims.first_page()
+    assert (claims.RESULTS / "README.md").read_text() == claims.results_page()
 
 
-def stored_claims():
-    """(metrics.csv, claim) of all stored runs, in the order of the page."""
+def test_every_listed_run_exists_and_has_the_listed_measure():
+    for claim in PAPER + FINDINGS:
+        if claim.run is not None:
+            folder = claims.RESULTS / claim.notebook / claim.run
+            assert (folder / "provenance.json").exists(), folder
+            assert claims.assess(pd.read_csv(folder / "metrics.csv"), claim).n >= claims.LEAST
+
+
+def test_listed_claims_are_the_papers_or_ours():
+    assert {claim.source for claim in PAPER} == {"paper"}
+    assert {claim.source for claim in FINDINGS} == {"ours"}
+    texts = [claim.text for claim in PAPER + FINDINGS]
+    assert len(set(texts)) == len(texts)
+
+
+def judged_rows():
+    """(metrics.csv, claim, cells of its row) of both pages."""
+    for claim in PAPER + FINDINGS:
+        if claim.run is not None:
+            file = claims.RESULTS / claim.notebook / claim.run / "metrics.csv"
+            yield file, vars(claim), claims.listed_cells(claim, claims.RESULTS)
+    page = claims.results_page().splitlines()
+    rows = iter([line.strip("| ").split(" | ") for line in page if line.startswith("|")])
     for path in sorted(claims.RESULTS.glob("*/*/claims.json")):
+        assert tuple(next(rows)) == claims.HEADS and set(next(rows)) == {"---"}
         for claim in json.loads(path.read_text()):
-            yield path.with_name("metrics.csv"), claim
+            old = claim["text"].startswith("ours: ")
+            source = {"source": "ours" if old else claim.get("source", "paper")}
+            yield path.with_name("metrics.csv"), claim | source, next(rows)
+    assert next(rows, None) is None
 
 
-def test_every_figure_of_the_page_follows_from_the_stored_files():
+def test_every_figure_of_both_pages_follows_from_the_stored_files():
     number = r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan)"
-    rows = [line.split(" | ") for line in claims.page().splitlines()[2:]]
-    stored = list(stored_claims())
-    assert len(rows) == len(stored) > 0
-    for cells, (file, claim) in zip(rows, stored, strict=True):
-        table = pd.read_csv(file)
+    words = {"paper": ("reproduced", "contradicted"), "ours": ("holds", "does not hold")}
+    tables, count = {}, 0
+    for file, claim, cells in judged_rows():
+        if file not in tables:
+            tables[file] = pd.read_csv(file).to_dict("records")
         values = {}  # arm -> unit -> all its values
-        for _, row in table.iterrows():
+        for row in tables[file]:
             if all(row[column] == entry for column, entry in claim["where"].items()):
                 units = values.setdefault(row["arm"], {})
                 units.setdefault(row[claim["unit"]], []).append(row[claim["value"]])
@@ -157,11 +256,14 @@ def test_every_figure_of_the_page_follows_from_the_stored_files():
         differences = [sum(arm[u]) / len(arm[u]) - sum(base[u]) / len(base[u]) for u in arm]
         found = textbook_t_interval([round(d, 9) for d in differences])
         mean, low, high = (round(bound, 9) for bound in found)
-        shown = [float(n) for n in re.findall(number, cells[2].replace("95%", ""))]
+        shown = [float(n) for n in re.findall(number, cells[3])]
         assert shown == [float(f"{x:.2g}") for x in (mean, low, high)], claim["text"]
-        clear = low * high > 0
-        right = mean * claim["sign"] > 0
-        expected = "reproduced" if right and clear else "direction only" if right else "not "
         assert len(differences) >= claims.LEAST
-        assert cells[-1].strip(" |*").startswith(expected), claim["text"]
-        assert cells[3].startswith(f"{len(differences)} {claim['unit']}")
+        assert cells[4].startswith(f"{len(differences)} {claim['unit']}")
+        expected = "undecided"
+        if low > 0 or high < 0:
+            yes, no = words[claim["source"]]
+            expected = yes if mean * claim["sign"] > 0 else no
+        assert cells[5].startswith(f"*{expected}*"), claim["text"]
+        count += 1
+    assert count > 0
