@@ -1,6 +1,7 @@
-"""A searched policy beside the uniform ones and the float network: table, verdict, result."""
+"""Compare a searched policy with uniform configurations and with the float network."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,36 @@ from ..network.bits import Bits
 from ..network.cost import bitops, model_size
 from ..network.supernet import LayerInfo
 
+# Type, smallest value and description of the parameters that `check_parameters` knows.
+_PARAMETERS = {
+    "bitops": (Real, 0, "a number from 0, in G BitOPs"),
+    "bits": (list | tuple, None, 'a list; for papermill: -y "bits: [2, 4]"'),
+    "float_epochs": (Integral, 0, "a whole number from 0"),
+    "search_images": (Integral, 1, "a whole number from 1"),
+    "training": (dict, None, 'a dict of TrainConfig\'s options; for papermill: -y "training: {}"'),
+}
+
+
+def check_parameters(**parameters: object) -> None:
+    """Check parameters of the notebook that the library knows by another name or cannot name.
+
+    `parameters`: some of `bitops`, `bits`, `float_epochs`, `search_images` and `training`. Raises
+    TypeError for a value of another type, such as a list that papermill's `-p` hands over as text,
+    and ValueError for a number that is too small.
+    """
+    for name, value in parameters.items():
+        kind, lowest, allowed = _PARAMETERS[name]
+        message = f"{name}={value!r} is not allowed: {allowed}"
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(message)
+        if lowest is not None and not value >= lowest:
+            raise ValueError(message)
+
 
 def beside_float(
     rows: Sequence[Mapping], float_top1: Mapping, table: Sequence[LayerInfo]
 ) -> pd.DataFrame:
-    """Rows of `report.measure` below the float network, which counts 32 bits everywhere."""
+    """The float network's row, with 32 bits in every layer, above `rows` of `runs.measure`."""
     in_float = {info.name: Bits(32, 32) for info in table}
     bitops_g, size_mb = bitops(table, in_float) / 1e9, model_size(table, in_float) / 1e6
     costs = {"bitops_g": bitops_g, "size_mb": size_mb}
@@ -22,7 +48,7 @@ def beside_float(
 
 
 def comparison_table(metrics: pd.DataFrame) -> Markdown:
-    """The comparison as a table to read; what depends on the processor follows an \u2248 sign."""
+    """The comparison as a table. Values that depend on the processor follow an \u2248 sign."""
     heads = "configuration", "BitOPs (G)", "size (MB)", "test top-1 (%)", "95%", "search top-1 (%)"
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in metrics.to_dict("records"):
@@ -40,9 +66,9 @@ def comparison_table(metrics: pd.DataFrame) -> Markdown:
 
 
 def best_within(metrics: pd.DataFrame, budget: float, kind: str = "") -> str | None:
-    """The configuration at or under `budget` (G) that is best on the search split, or None.
+    """Name of the configuration within `budget` (G) that is best on the search split, or None.
 
-    By top-1, then by loss. `kind`: only configurations whose name begins so, such as "uniform".
+    Compares top-1, then loss. `kind`: consider only names that start with it, such as "uniform".
     """
     fits = metrics["configuration"].str.startswith(kind) & (metrics["bitops_g"] <= budget)
     ranked = metrics[fits].sort_values(["search_top1", "search_loss"], ascending=[False, True])
@@ -50,26 +76,26 @@ def best_within(metrics: pd.DataFrame, budget: float, kind: str = "") -> str | N
 
 
 def verdict(metrics: pd.DataFrame, budget: float) -> str:
-    """In words, how the searched policy compares with the best uniform one within the budget."""
+    """Compare the searched policy with the best uniform configuration within `budget` (G)."""
     best = best_within(metrics, budget, "uniform")
     if best is None:
-        return f"No uniform configuration costs {budget} G or less: there is none to compare with."
+        return f"No uniform configuration is within {budget} G: there is none to compare with."
     rows = metrics.set_index("configuration")
     found, uniform = rows.loc["searched"], rows.loc[best]
     search, test = (found[key] - uniform[key] for key in ("search_top1", "top1"))
     apart = found["top1_low"] > uniform["top1_high"] or uniform["top1_low"] > found["top1_high"]
     return (
-        f"Of the uniform configurations at or under {budget} G, {best} is best on the search split,"
-        f" at {uniform['bitops_g']:.3f} G.\n"
-        f"The searched one, at {found['bitops_g']:.3f} G, differs from it by {search:+.1f} points"
-        f" of top-1 on the search split and by {test:+.1f} on the test split, where the intervals"
-        f" {'do not overlap' if apart else 'overlap'}.\n"
-        f"The policy is the better one on the search split: {best_within(metrics, budget)}."
+        f"Of the uniform configurations within {budget} G, {best} is best on the search split."
+        f" It costs {uniform['bitops_g']:.3f} G.\n"
+        f"The searched configuration costs {found['bitops_g']:.3f} G. Its top-1 differs by"
+        f" {search:+.1f} points on the search split and by {test:+.1f} points on the test split."
+        f" There, the 95% intervals {'do not overlap' if apart else 'overlap'}.\n"
+        f"The policy is the best configuration on the search split: {best_within(metrics, budget)}."
     )
 
 
 def result(metrics: pd.DataFrame, budget: float, seed: int, seconds: float) -> dict:
-    """What result.json holds: the policy's figures, all configurations' beside it."""
+    """Contents of result.json: values of the policy and of all configurations beside it."""
     rows = {row["configuration"]: row for row in metrics.to_dict("records")}
     chosen = best_within(metrics, budget)
     return {
