@@ -1,4 +1,4 @@
-"""Bit-width interference on two weights: linear regression at one bit-width, and with another."""
+"""Bit-width interference in a regression with two weights (RFQuant, Fig. 1)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,25 +11,26 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..files import remembered
 from ..network.quantizer import Quantizer, integer_range
-from ..report.plots import COLOURS
+from ..report.claims import differences
+from ..report.plots import COLOURS, differences_plot
 
 VALUES = {"variance": "variance of direction (0 to 1)", "crossings": "crossings per 100 steps"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One experiment; raises ValueError where a setting makes no sense.
+    """Settings of one experiment; raises ValueError for a value that is not allowed.
 
-    `steps` of SGD at `lr`, the first `burn_in` not measured, each on `batch` new examples whose
-    labels carry normal noise of standard deviation `noise`. `learn_steps`: LSQ learns the step
-    sizes, else they stay as initialised. `sharing`: "sum" adds the loss at the other bit-width;
-    "drawn" adds the loss at one of the two, drawn at every step, as RFQuant's random pass does.
+    `steps`: steps of SGD with learning rate `lr`; the first `burn_in` are not measured. `batch`:
+    new examples per step. `noise`: standard deviation of the normal noise in their labels.
+    `learn_steps`: whether LSQ learns the step sizes. `sharing`: "sum" adds the loss at the other
+    bit-width; "drawn" adds the loss at one of the two bit-widths, drawn at every step, like
+    RFQuant's random pass.
     """
 
     steps: int = 400
@@ -55,30 +56,30 @@ class Settings:
 
 
 class Problem(NamedTuple):
-    """All that is random about a seed: target and start (2,), x (steps, batch, 2), y, draws."""
+    """Everything that is random in one seed."""
 
-    target: Tensor
-    start: Tensor
-    x: Tensor
-    y: Tensor
-    draws: Tensor  # (steps,): 1 where "drawn" sharing takes the other bit-width
+    target: Tensor  # (2,)
+    start: Tensor  # (2,)
+    x: Tensor  # (steps, batch, 2)
+    y: Tensor  # (steps, batch)
+    draws: Tensor  # (steps,): 1 if "drawn" sharing uses the other bit-width
 
 
 class Trajectory(NamedTuple):
-    """What each step (a row of two) saw before its update, and the step sizes at the end."""
+    """Values before each update, one row of two per step, and the final step sizes."""
 
     w: Tensor  # latent weights
-    w_hat: Tensor  # on the grid of the measured bit-width
+    w_hat: Tensor  # quantized at the measured bit-width
     integers: Tensor  # w_hat / step size
-    gradients: Tensor  # of the loss at the measured bit-width alone, for w
+    gradients: Tensor  # for w, of the loss at the measured bit-width only
     step_sizes: dict[int, float]  # by bit-width
 
 
 def problem(settings: Settings, seed: int) -> Problem:
-    """The regression of a seed: y = x w* + noise with x ~ N(0, I).
+    """The regression problem of one seed: y = x w* + noise with x ~ N(0, I).
 
-    Target w* and start are drawn on the unit circle, so that they have one scale and the step sizes
-    that LSQ derives from the start suit the target.
+    Target w* and start are drawn from the unit circle. So they have the same scale, and the step
+    sizes that LSQ derives from the start also fit the target.
     """
     generator = torch.Generator().manual_seed(seed)
     like = dict(generator=generator, dtype=torch.float64)
@@ -93,12 +94,15 @@ def problem(settings: Settings, seed: int) -> Problem:
 def descend(
     given: Problem, settings: Settings, bits: int, with_bits: int | None = None
 ) -> Trajectory:
-    """SGD on latent weights w at `bits`, alone or with `with_bits` (the same: counted twice)."""
+    """SGD on latent weights w at `bits`, alone or shared with `with_bits`.
+
+    If both are equal, the loss counts twice.
+    """
     w = given.start.clone().requires_grad_()
     quantizer = Quantizer({bits, with_bits or bits}, w.detach(), signed=True)
     quantizer.requires_grad_(settings.learn_steps)
     optimizer = torch.optim.SGD([w, *quantizer.parameters()], lr=settings.lr)
-    # The gradient of a batch's mean squared error for w_hat is A w_hat - c; all batches at once
+    # The mean squared error of a batch has the gradient A w_hat - c for w_hat; all batches at once
     A, c = (2 / settings.batch * given.x.mT @ right for right in (given.x, given.y[..., None]))
     rows = []
     for A_t, c_t, other in zip(A, c.squeeze(2), given.draws.tolist(), strict=True):
@@ -117,20 +121,20 @@ def descend(
 
 
 def direction_variance(gradients: Tensor) -> float:
-    """1 - |mean of g / |g||^2 over the rows g: 0 where all point one way, 1 where they cancel.
+    """1 - |mean of g / |g||^2 over the rows g: 0 if all have one direction, 1 if they cancel out.
 
-    The sum of the variances of the unit vectors' components; a row of zeros counts as zeros.
+    This is the sum of the variances of the unit vectors' components. A row of zeros stays zero.
     """
     return 1 - float(torch.nn.functional.normalize(gradients, dim=1).mean(0).square().sum())
 
 
 def crossings(integers: Tensor) -> float:
-    """How often a number of `integers` (steps, weights) changes, in changes per 100 steps."""
+    """Changes of `integers` (steps, weights) from one step to the next, per 100 steps."""
     return 100 * float((integers[1:] != integers[:-1]).sum()) / (len(integers) - 1)
 
 
 def summarise(run: Trajectory, target: Tensor, settings: Settings) -> dict[str, float]:
-    """Variance of direction, crossings, mean distance of w_hat from the target; after burn-in."""
+    """Direction variance, crossings and mean distance of w_hat from the target, after burn-in."""
     return {
         "variance": direction_variance(run.gradients[settings.burn_in :]),
         "crossings": crossings(run.integers[settings.burn_in :]),
@@ -139,10 +143,11 @@ def summarise(run: Trajectory, target: Tensor, settings: Settings) -> dict[str, 
 
 
 def compare_arms(settings: Settings, seed: int, pairs: Sequence[tuple[int, int]]) -> list[dict]:
-    """One row per pair (bits, with_bits) and arm, all of one seed's data and start.
+    """One row per pair (bits, with_bits) and arm, all with the data and start of one seed.
 
-    Arms: "alone"; "shared" with the other bit-width; where `pairs` has it, "doubled": sharing with
-    itself, which takes the longer strides of two losses but has nothing that interferes.
+    Arms: "alone"; "shared" with the other bit-width; and "doubled" if `pairs` has (bits, bits).
+    "doubled" counts the loss at `bits` twice: its updates are as long as those of two losses, but
+    no other bit-width interferes.
     """
     given, done, rows = problem(settings, seed), {}, []
     for bits, with_bits in pairs:
@@ -156,9 +161,9 @@ def compare_arms(settings: Settings, seed: int, pairs: Sequence[tuple[int, int]]
 
 
 def collect(cases: Mapping[str, tuple], seeds: Sequence[int], folder: Path) -> pd.DataFrame:
-    """Rows of `compare_arms` for every seed; a seed that `folder` holds is read, not computed.
+    """Rows of `compare_arms` for every seed. Seeds that are stored in `folder` are read from there.
 
-    `cases`: name -> (settings, pairs).
+    `cases`: name -> (settings, pairs). Raises ValueError if there is no seed or a seed comes twice.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={seeds!r} is not allowed: at least one, none twice")
@@ -174,24 +179,20 @@ def collect(cases: Mapping[str, tuple], seeds: Sequence[int], folder: Path) -> p
     return pd.DataFrame(rows)
 
 
-def differences(metrics: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFrame:
-    """`value` shared minus alone, paired by seed, for each group of `by`: mean, and its 95%
-    t-interval from low to high (NaN for a single seed)."""
-    arms = metrics.pivot_table(index=[*by, "seed"], columns="arm", values=value, sort=False)
-    groups = (arms["shared"] - arms["alone"]).groupby(list(by), sort=False)
-    mean, n = groups.mean(), groups.count()
-    half = groups.std() / n**0.5 * student.ppf(0.975, (n - 1).where(n > 1))
-    return pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half})
+def shared_minus_alone(metrics: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFrame:
+    """`claims.differences` of the arms shared and alone, for each combination of `by`."""
+    both = metrics[metrics["arm"].isin(["shared", "alone"])]
+    return differences(both, value, "alone", by)
 
 
 def legend_below(figure: Figure) -> None:
-    """One legend for all panels, from the labels of the last."""
+    """Adds one legend for all panels, with the labels of the last panel."""
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
 def trajectories(runs: Mapping[str, Trajectory], target: Tensor) -> Figure:
-    """The latent weights' way over the quantization bounds at the end; a panel per run."""
+    """Paths of the latent weights and the final rounding bounds, one panel per run."""
     figure, axes = plt.subplots(1, len(runs), figsize=(9, 4.9), layout="constrained")
     limit = 1.12 * float(torch.cat([target[None], *(r.w for r in runs.values())]).abs().max())
     for axis, (title, run) in zip(axes, runs.items(), strict=True):
@@ -210,7 +211,10 @@ def trajectories(runs: Mapping[str, Trajectory], target: Tensor) -> Figure:
 
 
 def directions(runs: Mapping[str, Trajectory], bits: int, first: int) -> Figure:
-    """Where the gradient at `bits`, scaled to length 1, points at each step; a panel per run."""
+    """Direction of the gradient at `bits` at each step, one panel per run.
+
+    `first`: the first step that is measured.
+    """
     figure, axes = plt.subplots(1, len(runs), figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, (title, run) in zip(axes, runs.items(), strict=True):
         degrees = torch.rad2deg(torch.atan2(run.gradients[:, 1], run.gradients[:, 0]))
@@ -224,16 +228,17 @@ def directions(runs: Mapping[str, Trajectory], bits: int, first: int) -> Figure:
 
 
 def heat_maps(metrics: pd.DataFrame) -> Figure:
-    """Shared minus alone for every pair of bit-widths; bold: the 95% interval excludes zero."""
+    """Shared minus alone for every pair of bit-widths; bold if the 95% interval excludes zero."""
     base = metrics[metrics["setting"] == "base"]
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
     for axis, (value, label) in zip(axes, VALUES.items(), strict=True):
-        found = differences(base, value, ["bits", "with_bits"]).unstack("with_bits")
-        top = float(found["mean"].abs().to_numpy().max())  # of the colours: white is zero
+        found = shared_minus_alone(base, value, ["bits", "with_bits"])
+        found = found.set_index(["bits", "with_bits"]).unstack("with_bits")
+        top = float(found["difference"].abs().to_numpy().max())  # zero is white
         sure = (found["low"] * found["high"] > 0).to_numpy()
         style = dict(annot=True, fmt="+.2f" if value == "variance" else "+.1f", square=True)
         style |= dict(vmin=-top, vmax=top, cmap="PuOr_r", cbar_kws={"shrink": 0.75})
-        sns.heatmap(found["mean"], ax=axis, **style)
+        sns.heatmap(found["difference"], ax=axis, **style)
         for text, bold in zip(axis.texts, sure.flat, strict=True):
             text.set_fontweight("bold" if bold else "normal")
         axis.set(xlabel="sharing bit-width (bits)", ylabel="measured bit-width (bits)")
@@ -242,14 +247,12 @@ def heat_maps(metrics: pd.DataFrame) -> Figure:
 
 
 def robustness(metrics: pd.DataFrame, pair: tuple[int, int]) -> Figure:
-    """Shared minus alone of one pair of bit-widths in every setting, with 95% intervals."""
+    """Shared minus alone for one pair of bit-widths in every setting, with 95% intervals."""
     chosen = metrics[(metrics["bits"] == pair[0]) & (metrics["with_bits"] == pair[1])]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.9), sharey=True, layout="constrained")
     for axis, (value, label) in zip(axes, VALUES.items(), strict=True):
-        found = differences(chosen, value, ["setting"])[::-1]  # "base" on top
-        spread = [found["mean"] - found["low"], found["high"] - found["mean"]]
-        axis.errorbar(found["mean"], found.index, xerr=spread, fmt="o", capsize=3, color="0.15")
-        axis.axvline(0, color="0.6", linewidth=1)
-        axis.set(xlabel=f"{label},\nshared minus alone, 95% interval")
-    axes[0].set_ylabel("setting")
+        found = shared_minus_alone(chosen, value, ["setting"])
+        text = f"{label},\nshared minus alone, 95% interval"
+        differences_plot(found, "setting", text, axis=axis)
+    axes[1].set_ylabel("")
     return figure

@@ -150,7 +150,8 @@ def root(metrics, tmp_path, monkeypatch):
     (folder / "claims.json").write_text(json.dumps(claims.documents([CLAIM])))
     source = {"commit": "0123456789abcdef", "seeds": [0, 1, 2, 3, 4], "date": "2026-01-02T03:04:05"}
     (folder / "provenance.json").write_text(json.dumps(source))
-    (tmp_path / "README.md").write_text(f"before\n{claims.START}\nearlier table\n{claims.END}\nafter\n")
+    readme = f"before\n{claims.START}\nearlier table\n{claims.END}\nafter\n"
+    (tmp_path / "README.md").write_text(readme)
     about = dict(place="Paper, Table 1", measure="top-1 (%)", notebook="05_x")
     listed = [Listed(**vars(CLAIM), **about, run=run) for run in ("small", None)]
     monkeypatch.setattr(claims, "PAPER", listed)
@@ -161,7 +162,8 @@ def root(metrics, tmp_path, monkeypatch):
 def test_the_first_page_judges_listed_claims_by_their_stored_run(root):
     claims.write(root)
     text = (root / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "earlier table" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+    assert "earlier table" not in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| b")]
     judged, untested, ours = rows
     assert judged[0] == "better is better<br>Measure: top-1 (%)"

@@ -1,4 +1,4 @@
-"""The interference on two weights: against a scalar reference, by seed, and on hand-made rows."""
+"""Bit-width interference of two weights against a reference that computes one number at a time."""
 
 import itertools
 import math
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mpqlib.report import claims
+from mpqlib.report.paper import Claim
 from mpqlib.studies import interference
 from mpqlib.studies.interference import Settings
 
@@ -140,7 +141,7 @@ def test_only_what_follows_burn_in_is_measured():
 PAIRS = list(itertools.product((2, 4), repeat=2))
 
 
-def test_a_study_pairs_its_arms():
+def test_all_arms_of_a_seed_share_data_and_start():
     rows = interference.compare_arms(FEW, 3, PAIRS)
     assert rows == interference.compare_arms(FEW, 3, PAIRS)
     table = pd.DataFrame(rows).set_index(["bits", "with_bits", "arm"])
@@ -151,10 +152,8 @@ def test_a_study_pairs_its_arms():
     run = interference.descend(given, FEW, 4, 2)
     measured = interference.summarise(run, given.target, FEW)
     assert table.loc[(4, 2, "shared"), list(measured)].to_dict() == measured
-    assert {row["arm"] for row in interference.compare_arms(FEW, 3, [(4, 2)])} == {
-        "alone",
-        "shared",
-    }
+    arms = {row["arm"] for row in interference.compare_arms(FEW, 3, [(4, 2)])}
+    assert arms == {"alone", "shared"}
 
 
 @pytest.fixture
@@ -163,7 +162,7 @@ def metrics(tmp_path):
     return interference.collect(cases, range(6), tmp_path)
 
 
-def test_a_collection_goes_on_where_it_stopped(metrics, tmp_path, monkeypatch):
+def test_a_collection_reads_stored_seeds_and_computes_the_rest(metrics, tmp_path, monkeypatch):
     cases = {"base": (FEW, PAIRS), "slow": (Settings(30, 4, 0.01, burn_in=10), [(4, 2)])}
     assert len(metrics) == 6 * (12 + 2)
     (tmp_path / "seed5.json").unlink()
@@ -176,7 +175,7 @@ def test_a_collection_goes_on_where_it_stopped(metrics, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
-def test_seeds_must_be_some_and_different(seeds, tmp_path):
+def test_no_seed_and_repeated_seeds_are_refused(seeds, tmp_path):
     with pytest.raises(ValueError, match="seeds="):
         interference.collect({}, seeds, tmp_path)
 
@@ -194,20 +193,9 @@ def test_seeds_must_be_some_and_different(seeds, tmp_path):
         {"burn_in": -1},
     ],
 )
-def test_silly_settings_are_refused(wrong):
+def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError, match=rf"{next(iter(wrong))}=.* is not allowed"):
         Settings(**wrong)
-
-
-def test_differences_are_the_claims(metrics):
-    found = interference.differences(metrics, "variance", ["setting", "bits", "with_bits"])
-    where = {"setting": "slow", "bits": 4, "with_bits": 2}
-    claim = claims.Claim("", "variance", "shared", "alone", 1, where=where)
-    expected = claims.assess(metrics, claim)
-    row = found.loc["slow", 4, 2]
-    assert tuple(row) == pytest.approx((expected.difference, expected.low, expected.high))
-    one = interference.differences(metrics[metrics["seed"] == 0], "variance", ["setting"])
-    assert one["mean"].notna().all() and one["low"].isna().all()
 
 
 def test_pictures_have_labelled_axes(metrics):
@@ -227,11 +215,9 @@ def test_pictures_have_labelled_axes(metrics):
         assert left.get_xlabel() and right.get_xlabel() and left.get_ylabel()
     heat = figures[2].axes[0]
     assert [label.get_text() for label in heat.get_yticklabels()] == ["2", "4"]
-    by = ["setting", "bits", "with_bits"]
-    cell = interference.differences(metrics, "variance", by).loc["base", 4, 2]
-    assert heat.texts[2].get_text() == f"{cell['mean']:+.2f}"  # row 4, column 2
-    assert heat.texts[2].get_fontweight() == (
-        "bold" if cell["low"] * cell["high"] > 0 else "normal"
-    )
-    assert [label.get_text() for label in figures[3].axes[0].get_yticklabels()] == ["slow", "base"]
+    where = {"setting": "base", "bits": 4, "with_bits": 2}
+    found = claims.assess(metrics, Claim("", "variance", "shared", "alone", 1, where=where))
+    assert heat.texts[2].get_text() == f"{found.difference:+.2f}"  # row 4, column 2
+    assert heat.texts[2].get_fontweight() == ("normal" if found.low <= 0 <= found.high else "bold")
+    assert [label.get_text() for label in figures[3].axes[0].get_yticklabels()] == ["base", "slow"]
     plt.close("all")
