@@ -1,15 +1,22 @@
 """Compare a searched policy with uniform configurations and with the float network."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
-from IPython.display import Markdown
 
 from ..network.bits import Bits
 from ..network.cost import bitops, model_size
 from ..network.supernet import LayerInfo
+from ..report.tables import markdown_table, show_markdown
+
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+
+HEADS = "configuration", "BitOPs (G)", "size (MB)", "test top-1 (%)", "95%", "search top-1 (%)"
 
 # Type, smallest value and description of the parameters that `check_parameters` knows.
 _PARAMETERS = {
@@ -49,8 +56,7 @@ def beside_float(
 
 def comparison_table(metrics: pd.DataFrame) -> Markdown:
     """The comparison as a table. Values that depend on the processor follow an \u2248 sign."""
-    heads = "configuration", "BitOPs (G)", "size (MB)", "test top-1 (%)", "95%", "search top-1 (%)"
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for row in metrics.to_dict("records"):
         about = "\u2248 " if row["configuration"] == "searched" else ""
         cells = [
@@ -59,10 +65,10 @@ def comparison_table(metrics: pd.DataFrame) -> Markdown:
             f"{about}{row['size_mb']:.2f}",
             f"\u2248 {row['top1']:.1f}",
             f"\u2248 [{row['top1_low']:.1f}, {row['top1_high']:.1f}]",
-            "" if np.isnan(row["search_top1"]) else f"\u2248 {row['search_top1']:.1f}",
+            "" if pd.isna(row["search_top1"]) else f"\u2248 {row['search_top1']:.1f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return Markdown("\n".join(lines))
+        rows.append(cells)
+    return show_markdown(markdown_table(HEADS, rows))
 
 
 def best_within(metrics: pd.DataFrame, budget: float, kind: str = "") -> str | None:
@@ -95,9 +101,14 @@ def verdict(metrics: pd.DataFrame, budget: float) -> str:
 
 
 def result(metrics: pd.DataFrame, budget: float, seed: int, seconds: float) -> dict:
-    """Contents of result.json: values of the policy and of all configurations beside it."""
+    """Contents of result.json: values of the policy and of all configurations beside it.
+
+    `budget`: G BitOPs. `seconds`: wall time. Raises ValueError if nothing is within `budget`.
+    """
     rows = {row["configuration"]: row for row in metrics.to_dict("records")}
     chosen = best_within(metrics, budget)
+    if chosen is None:
+        raise ValueError(f"budget={budget} G is not allowed: every configuration costs more")
     return {
         "bitops_budget_g": budget,
         **rows[chosen],

@@ -42,13 +42,18 @@ def test_float_row_counts_32_bits(metrics, supernet):
     assert in_float["size_mb"] == pytest.approx(weights * 4 / 1e6)
 
 
-def test_result_holds_what_is_promised(metrics):
+def test_result_holds_the_policy_and_all_configurations(metrics):
     found = result(metrics, 3.0, seed=7, seconds=1.26)
     assert found["bitops_budget_g"] == 3.0 and found["bitops_g"] == 2.9 and found["top1"] == 75.0
     assert found["top1_float"] == 91.0 and found["seed"] == 7 and found["seconds"] == 1.3
     assert found["configuration"] == found["searched"]["configuration"] == "searched"
     assert [r["configuration"] for r in found["uniform"]] == [f"uniform {b}" for b in (2, 3, 4)]
     json.dumps(found, allow_nan=False)
+
+
+def test_a_budget_below_every_configuration_is_refused(metrics):
+    with pytest.raises(ValueError, match=r"budget=0\.5 G is not allowed"):
+        result(metrics, 0.5, seed=0, seconds=1.0)
 
 
 @pytest.mark.parametrize(
