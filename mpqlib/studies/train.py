@@ -77,6 +77,7 @@ def best_within(metrics: pd.DataFrame, budget: float, kind: str = "") -> str | N
     Compares top-1, then loss. `kind`: consider only names that start with it, such as "uniform".
     """
     fits = metrics["configuration"].str.startswith(kind) & (metrics["bitops_g"] <= budget)
+    fits &= metrics["search_top1"].notna()  # the float network is no policy
     ranked = metrics[fits].sort_values(["search_top1", "search_loss"], ascending=[False, True])
     return None if ranked.empty else ranked.iloc[0]["configuration"]
 
