@@ -16,7 +16,7 @@ from ..report.tables import markdown_table, show_markdown
 if TYPE_CHECKING:
     from IPython.display import Markdown
 
-HEADS = "configuration", "BitOPs (G)", "size (MB)", "test top-1 (%)", "95%", "search top-1 (%)"
+COLUMNS = "configuration", "BitOPs (G)", "size (MB)", "test top-1 (%)", "95%", "search top-1 (%)"
 
 # Type, smallest value and description of the parameters that `check_parameters` knows.
 _PARAMETERS = {
@@ -68,7 +68,7 @@ def comparison_table(metrics: pd.DataFrame) -> Markdown:
             "" if pd.isna(row["search_top1"]) else f"\u2248 {row['search_top1']:.1f}",
         ]
         rows.append(cells)
-    return show_markdown(markdown_table(HEADS, rows))
+    return show_markdown(markdown_table(COLUMNS, rows))
 
 
 def best_within(metrics: pd.DataFrame, budget: float, kind: str = "") -> str | None:
