@@ -1,14 +1,17 @@
-"""The pins: three files that say the same, and an environment that obeys them."""
+"""The three files of pins agree, the environment follows them, and the wheel is complete."""
 
 import re
 import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import yaml
+from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -16,11 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # One string per requirement: name==version ; marker --hash=sha256:... --hash=sha256:...
 HASHED = (ROOT / ".ci" / "requirements.txt").read_text().replace("\\\n", "").splitlines()
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 
 
 def pins(lines: list[str]) -> dict[str, str]:
-    """Version by name; fails where a line is not an exact pin or a name comes twice."""
+    """Return the version of each name. Every line must be an exact pin, every name unique."""
     found = {}
     for line in lines:
         requirement = Requirement(line)
@@ -45,15 +49,15 @@ DIRECT = [
 ]
 
 
-def test_hashed_requirements_are_the_constraints():
+def test_hashed_requirements_equal_the_constraints():
     assert pins([str(requirement) for requirement in REQUIREMENTS]) == PINNED
 
 
-def test_conda_environment_is_the_constraints():
+def test_conda_environment_equals_the_constraints():
     *conda, by_pip = ENVIRONMENT["dependencies"]
     *pinned, project = by_pip["pip"]
     assert pins(pinned) == PINNED
-    assert [Requirement(line) for line in pinned] == REQUIREMENTS  # the same markers, too
+    assert [Requirement(line) for line in pinned] == REQUIREMENTS  # with the same markers
     assert project == "-e ."
     assert conda == ["python=3.11", "pip"] and ENVIRONMENT["channels"] == ["conda-forge"]
 
@@ -78,7 +82,7 @@ def test_direct_dependency_is_pinned_within_its_bounds(requirement):
 
 
 def needed(requirement: Requirement, seen: set[str]) -> set[str]:
-    """Names of the installed packages that `requirement` leads to on this platform, itself too."""
+    """Return `seen` with the packages that `requirement` installs on this platform, itself too."""
     name = canonicalize_name(requirement.name)
     keys = {f"{name}[{extra}]" for extra in requirement.extras} | {name}
     if keys <= seen:
@@ -92,15 +96,15 @@ def needed(requirement: Requirement, seen: set[str]) -> set[str]:
     return seen
 
 
-def test_everything_that_is_needed_is_pinned():
+def test_every_needed_package_is_pinned():
     seen: set[str] = set()
     for line in PYPROJECT["project"]["dependencies"] + PYPROJECT["dependency-groups"]["dev"]:
         needed(Requirement(line), seen)
     assert {name for name in seen if "[" not in name} - PINNED.keys() == set()
 
 
-def test_installed_versions_are_the_pins():
-    # Not what setuptools brings along and puts on the path when it is imported.
+def test_installed_versions_equal_the_pins():
+    # Not the packages that setuptools vendors and adds to the path when it is imported
     places = [sysconfig.get_path(kind) for kind in ("purelib", "platlib")]
     there = metadata.distributions(path=places)
     installed = {canonicalize_name(d.metadata["Name"]): d.version for d in there}
@@ -110,14 +114,18 @@ def test_installed_versions_are_the_pins():
     differing = {
         name: (installed[name], PINNED[name])
         for name in applicable & installed.keys()
-        # +cpu and the like name a build, not a version
+        # +cpu and the like name a build of a version
         if Version(installed[name]).public != Version(PINNED[name]).public
     }
-    assert differing == {}, "(installed, pinned): `uv run` installs what is pinned"
+    assert differing == {}, "(installed, pinned) differ; `uv run` installs the pinned version"
 
 
-@pytest.mark.parametrize("path", ["pyproject.toml", ".ci/requirements.txt", "environment.yml"])
-def test_pins_name_no_host(path):
+@pytest.mark.parametrize(
+    "path",
+    ["pyproject.toml", ".ci/requirements.txt", ".ci/run", "environment.yml", WORKFLOW],
+    ids=lambda path: Path(path).name,
+)
+def test_no_host_is_named(path):
     text = (ROOT / path).read_text()
     if path == "pyproject.toml":
         text = text[text.index("[tool.uv]") :]
@@ -129,3 +137,19 @@ def test_citation_has_the_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == PYPROJECT["project"]["version"]
     assert citation["license"] == PYPROJECT["project"]["license"]
+
+
+def test_workflow_runs_all_checks_on_the_oldest_and_newest_python():
+    job = yaml.safe_load(WORKFLOW.read_text())["jobs"]["checks"]
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    supported = SpecifierSet(PYPROJECT["project"]["requires-python"])
+    minors = [f"3.{minor}" for minor in range(50) if f"3.{minor}" in supported]
+    assert job["strategy"]["matrix"]["python"] == [minors[0], minors[-1]]
+
+
+def test_wheel_holds_every_module_and_no_other_file(tmp_path):
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mpqlib").rglob("*.py")}
+    assert packed == modules
