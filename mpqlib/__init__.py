@@ -7,6 +7,7 @@ from .network.cost import bitops, bitops_at, check_budget, model_size
 from .network.quantizer import compile_quantizers
 from .network.supernet import Supernet
 from .report import plots, runs
+from .report.policy import load_policy, save_policy
 from .search.error import batch_error
 from .search.greedy import greedy
 from .training.evaluation import decoded, evaluate, recalibrate, select_device
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate",
     "greedy",
     "largest",
+    "load_policy",
     "load_weights",
     "model_size",
     "models",
@@ -36,6 +38,7 @@ __all__ = [
     "remembered",
     "runs",
     "sample",
+    "save_policy",
     "save_weights",
     "select_device",
     "smallest",

@@ -52,6 +52,7 @@ class Supernet(nn.Module):
         if unknown := set(overrides) - set(structure.norms):
             raise ValueError(f"overrides name no layer: {sorted(unknown)}; {list(structure.norms)}")
         self.model, self.table = model, []
+        self.input_shape = tuple(example.shape[1:])  # (C, H, W)
         seen = _observe(model, example, structure.norms)
         for name, norm in structure.norms.items():
             op, (x, positions) = model.get_submodule(name), seen[name]

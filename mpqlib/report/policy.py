@@ -1,20 +1,167 @@
-"""A policy: the bits of every layer, and all that says what they refer to."""
+"""Stored policies: the bits of every layer with the weights they belong to."""
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
-from ..network.bits import BitConfig
+import torch
+from torch import Tensor, nn
+
+from ..files import load_weights, save_json, save_weights
+from ..models import create
+from ..network.bits import BitConfig, Candidates
 from ..network.cost import COST_MODEL, bitops
+from ..network.layers import QuantConvBN
 from ..network.supernet import Supernet
+from ..training.evaluation import check_statistics
+
+POLICY, WEIGHTS = "policy.json", "supernet.safetensors"  # stored beside one another
+REBUILD = "candidates", "pair_norms", "input_shape"  # what converting a float network takes
+
+
+class Policy(nn.Module):
+    """A supernet that runs at the bits of one policy: `policy(images)`.
+
+    `supernet`: the network, with the weights of all bit-widths. `config`: the bits of each layer.
+    `about`: the other contents of policy.json.
+    """
+
+    def __init__(self, supernet: Supernet, config: BitConfig, about: Mapping):
+        super().__init__()
+        supernet.check(config)
+        self.supernet, self.config, self.about = supernet, config, dict(about)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) at the bits of the policy."""
+        return self.supernet(x, self.config)
 
 
 def describe_policy(supernet: Supernet, config: BitConfig, sha256: str, about: Mapping) -> dict:
-    """What policy.json holds: bits per layer, and all that says what they refer to."""
+    """The contents of policy.json: bits per layer, cost, and what `load_policy` needs.
+
+    `sha256`: of the weights, from `save_weights`. `about`: further entries, such as those of
+    `save_policy`.
+    """
+    supernet.check(config)
+    convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
     return {
         **about,
         "cost_model": COST_MODEL,
         "first": {name: "float input, counted at its bits below" for name in supernet.first},
         "last": supernet.last,
+        "input_shape": list(supernet.input_shape),
+        "pair_norms": all(layer.pair_norms for layer in convs),
+        "candidates": {name: list(map(list, c)) for name, c in supernet.candidates.items()},
         "checkpoint_sha256": sha256,
         "bitops_g": bitops(supernet.table, config) / 1e9,
         "layers": {name: list(bits) for name, bits in config.items()},
     }
+
+
+def save_policy(
+    folder: str | Path, supernet: Supernet, config: BitConfig, about: Mapping | None = None
+) -> Path:
+    """Writes supernet.safetensors and policy.json into `folder`; returns the path of policy.json.
+
+    Call `recalibrate` at `config` before: the batch norms are stored with their present statistics.
+    `about`: further entries of policy.json. With "model" (a name that `models.create` knows) and
+    "classes" (their number), `load_policy` can build the network itself. Raises ValueError if
+    `config` does not fit the supernet, or if batch norms hold statistics of another configuration.
+    """
+    folder, about = Path(folder), dict(about or {})
+    check_statistics(supernet, config)
+    sha256 = save_weights(folder / WEIGHTS, supernet, about)
+    save_json(folder / POLICY, describe_policy(supernet, config, sha256, about))
+    return folder / POLICY
+
+
+def _read(path: Path) -> dict:
+    """The contents of a policy file; raises ValueError if they are no policy of this version."""
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist: give the path of a policy.json") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): give the path of a policy.json") from error
+    expected = {"layers", "cost_model", "checkpoint_sha256", "bitops_g"}
+    if not isinstance(stored, dict) or not expected <= stored.keys():
+        raise ValueError(f"{path} is no policy: it needs the keys {sorted(expected)}")
+    if stored["cost_model"] != COST_MODEL:
+        raise ValueError(
+            f"{path} has the cost model {stored['cost_model']!r}, but this version of mpqlib has "
+            f"{COST_MODEL!r}: its BitOPs cannot be compared; use the version that wrote it"
+        )
+    return stored
+
+
+def _check_weights(path: Path, sha256: str, policy: Path) -> None:
+    """Raises FileNotFoundError or ValueError unless `path` holds the weights of `policy`."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: {policy} needs its weights beside it, or pass weights=<file>"
+        )
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"{path} does not hold the weights of {policy}: its SHA-256 is {found}, not {sha256}"
+        )
+
+
+def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
+    """The supernet that `stored` describes, with fresh weights."""
+    needed = [*REBUILD, *(("model", "classes") if model is None else ())]
+    if missing := [key for key in needed if key not in stored]:
+        hint = "pass model=<the supernet, converted as for training>"
+        if not set(missing) & set(REBUILD):
+            hint = "pass model=<the float network>"
+        raise ValueError(f"{path} lacks {missing}, so the network cannot be built: {hint}")
+    if model is None:
+        model = create(stored["model"], stored["classes"])
+    candidates = {n: Candidates(*map(tuple, c)) for n, c in stored["candidates"].items()}
+    # Steps and signs, which the example would set, are stored with the weights.
+    example = torch.zeros(1, *stored["input_shape"])
+    edge_bits = 8 if stored["first"] or stored["last"] else None
+    return Supernet(
+        model,
+        example,
+        edge_bits=edge_bits,
+        overrides=candidates,
+        pair_norms=stored["pair_norms"],
+    )
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    weights: str | Path | None = None,
+    model: nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> Policy:
+    """A stored policy, ready to run: `load_policy("policy.json")(images)`. In eval mode.
+
+    `path`: a policy.json. `weights`: its safetensors file; None: supernet.safetensors beside it.
+    `model`: the float network, or an already converted Supernet, both of the same build as the
+    stored one; it is changed in place. None: `models.create` builds the network by its stored name.
+
+    Raises FileNotFoundError if a file is missing. Raises ValueError if policy.json is no policy,
+    lacks what building the network needs or has another cost model, if the weights have another
+    SHA-256, or if the network does not fit.
+    """
+    path = Path(path)
+    stored = _read(path)
+    weights = path.with_name(WEIGHTS) if weights is None else Path(weights)
+    _check_weights(weights, stored["checkpoint_sha256"], path)
+    config = BitConfig.of(stored["layers"])
+    try:
+        supernet = model if isinstance(model, Supernet) else _convert(stored, path, model)
+        load_weights(weights, supernet)
+        policy = Policy(supernet, config, stored)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the network does not fit {path}: {error}") from error
+    cost = bitops(supernet.table, config) / 1e9
+    if abs(cost - stored["bitops_g"]) > 1e-9 * cost:
+        raise ValueError(
+            f"the network does not fit {path}: it takes {cost} G BitOPs, not {stored['bitops_g']} G"
+        )
+    return policy.to(device).eval()

@@ -113,7 +113,7 @@ def evaluate(
         if calibration is not None:
             how = dict(images=images, device=device, batch_size=batch_size)
             recalibrate(model, calibration, config, **how)
-        _check_statistics(model, config)
+        check_statistics(model, config)
     elif config is not None or calibration is not None:
         raise ValueError("config and calibration need a Supernet; this is a float model")
     # Before inference mode, because weights that are moved inside it can no longer be trained.
@@ -199,7 +199,7 @@ def _trained_one_shot(supernet: Supernet) -> bool:
     return any(bool(a.num_batches_tracked > b.num_batches_tracked) for a, b in pairs)
 
 
-def _check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
+def check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
     """Raises ValueError if batch norms hold statistics that do not belong to `config`."""
     if config is not None:
         supernet.check(config)

@@ -1,0 +1,202 @@
+"""A policy comes back as it was stored, or names what does not fit."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import TinyNet, images
+from torch import nn
+
+import mpqlib
+from mpqlib.files import save_weights
+from mpqlib.network.bits import Candidates, sample
+from mpqlib.network.supernet import Supernet
+from mpqlib.report.policy import describe_policy
+from mpqlib.training.evaluation import evaluate, recalibrate
+
+
+def unlike_its_start(supernet):
+    """Changes every tensor and every sign, so that a value that is not restored shows."""
+    with torch.no_grad():
+        for tensor in [*supernet.parameters(), *supernet.buffers()]:
+            if tensor.is_floating_point():
+                tensor.mul_(1.1).add_(0.01)
+    layer = next(iter(supernet.layers.values()))
+    layer.weight_quantizer.signed = not layer.weight_quantizer.signed
+    return supernet
+
+
+@pytest.fixture
+def config(supernet):
+    return sample(supernet.candidates, torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def stored(supernet, config, tmp_path):
+    recalibrate(supernet, images(32), config)
+    return mpqlib.save_policy(tmp_path, supernet, config, {"model": "tiny", "note": "mine"})
+
+
+def change(path, **entries):
+    """Rewrites entries of a policy file; None removes an entry."""
+    policy = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({k: v for k, v in policy.items() if v is not None}))
+
+
+def test_a_policy_of_a_named_network_comes_back_in_one_call(tmp_path):
+    torch.manual_seed(0)
+    x = images(8).tensors[0].repeat(1, 1, 4, 4)  # (8, 3, 32, 32)
+    supernet = Supernet(mpqlib.models.create("test_resnet", 3), x, (2, 4))
+    config = sample(supernet.candidates, torch.Generator().manual_seed(1))
+    about = {"model": "test_resnet", "classes": 3}
+    unlike_its_start(supernet)
+    path = mpqlib.save_policy(tmp_path, supernet, config, about)
+    policy = mpqlib.load_policy(str(path))
+    assert torch.equal(policy(x), supernet.eval()(x, config))
+    assert not policy.training and policy.config == config and policy.about["classes"] == 3
+
+
+@pytest.mark.parametrize("pair_norms", [True, False])
+@pytest.mark.parametrize("edge_bits", [8, None])
+def test_a_policy_of_an_own_network_comes_back(tmp_path, pair_norms, edge_bits):
+    torch.manual_seed(0)
+    x = images(16, seed=1).tensors[0]
+    overrides = {"pointwise": Candidates((3, 5), (2, 6))}
+    options = dict(pair_norms=pair_norms, edge_bits=edge_bits, overrides=overrides)
+    supernet = unlike_its_start(Supernet(TinyNet(), x, (2, 3, 4), **options))
+    config = sample(supernet.candidates, torch.Generator().manual_seed(2))
+    path = mpqlib.save_policy(tmp_path, supernet, config)
+    loaded = mpqlib.load_policy(path, model=TinyNet())
+    assert torch.equal(loaded(x), supernet.eval()(x, config))
+    assert loaded.supernet.candidates == supernet.candidates
+    again = loaded.supernet.uniform(3)  # every other configuration, too
+    assert torch.equal(loaded.supernet(x, again), supernet(x, again))
+
+
+def test_the_statistics_of_the_policy_come_back(stored, supernet, config):
+    test = images(24, seed=3)
+    expected = evaluate(supernet, test, config)
+    found = evaluate(mpqlib.load_policy(stored, model=TinyNet()), test)
+    assert found.loss == expected.loss and torch.equal(found.correct, expected.correct)
+
+
+def test_statistics_of_another_configuration_are_not_stored(supernet, config, tmp_path):
+    recalibrate(supernet, images(32), supernet.uniform(4))
+    recalibrate(supernet, images(32), supernet.uniform(2))
+    mixed = supernet.uniform(4).replace("pointwise", supernet.uniform(2)["pointwise"])
+    with pytest.raises(ValueError, match="statistics of another configuration"):
+        mpqlib.save_policy(tmp_path, supernet, mixed)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_policy_file_says_what_it_refers_to(stored, supernet, config):
+    policy = json.loads(stored.read_text())
+    assert stored.name == "policy.json" and policy["note"] == "mine"
+    assert policy["input_shape"] == [3, 8, 8] and policy["first"].keys() == {"stem.0"}
+    assert policy["layers"] == {name: list(bits) for name, bits in config.items()}
+
+
+def test_weights_can_lie_elsewhere(stored, tmp_path):
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    (tmp_path / "supernet.safetensors").rename(elsewhere)
+    with pytest.raises(FileNotFoundError, match=r"supernet\.safetensors does not exist.*weights="):
+        mpqlib.load_policy(stored, model=TinyNet())
+    assert mpqlib.load_policy(stored, weights=elsewhere, model=TinyNet())
+
+
+def test_other_weights_are_refused(stored, supernet, tmp_path):
+    save_weights(tmp_path / "supernet.safetensors", unlike_its_start(supernet), {})
+    with pytest.raises(ValueError, match=r"does not hold the weights of .*SHA-256"):
+        mpqlib.load_policy(stored, model=TinyNet())
+
+
+def test_a_changed_byte_of_the_weights_is_noticed(stored, tmp_path):
+    file = tmp_path / "supernet.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="SHA-256"):
+        mpqlib.load_policy(stored, model=TinyNet())
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
+        mpqlib.load_policy(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "is not JSON"),
+        ("[1]", "is no policy"),
+        ('{"layers": {}}', "is no policy"),
+        ("\xff", "is not JSON"),
+    ],
+)
+def test_a_file_that_is_no_policy_is_named(tmp_path, content, message):
+    file = tmp_path / "policy.json"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"policy\.json {message}"):
+        mpqlib.load_policy(file)
+
+
+def test_another_cost_model_is_named(stored):
+    change(stored, cost_model="0: something else")
+    with pytest.raises(ValueError, match="cost model '0: something else'"):
+        mpqlib.load_policy(stored, model=TinyNet())
+
+
+def test_a_network_without_a_name_must_be_given(stored):
+    with pytest.raises(ValueError, match=r"lacks \['classes'\].*pass model=<the float network>"):
+        mpqlib.load_policy(stored)
+
+
+def test_an_earlier_policy_needs_the_converted_network(stored, supernet, config):
+    change(stored, candidates=None, pair_norms=None, input_shape=None)
+    with pytest.raises(ValueError, match=r"lacks \['candidates', 'pair_norms', 'input_shape'\]"):
+        mpqlib.load_policy(stored, model=TinyNet())
+    x = images(4).tensors[0]
+    expected = supernet.eval()(x, config)
+    other = unlike_its_start(copy.deepcopy(supernet))
+    assert torch.equal(mpqlib.load_policy(stored, model=other)(x), expected)
+
+
+class Wider(TinyNet):
+    """TinyNet with more channels in its point-wise convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.pointwise, self.last = nn.Conv2d(8, 16, 1), nn.Linear(16, 3)
+
+
+class Renamed(TinyNet):
+    """TinyNet with another name for its classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.last = self.last, nn.Identity()
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
+@pytest.mark.parametrize("network", [Wider, Renamed])
+def test_a_network_that_does_not_fit_is_named(stored, network):
+    with pytest.raises(ValueError, match=r"the network does not fit .*policy\.json"):
+        mpqlib.load_policy(stored, model=network())
+
+
+def test_another_image_size_is_noticed(stored):
+    change(stored, input_shape=[3, 16, 16])
+    with pytest.raises(ValueError, match="G BitOPs, not"):
+        mpqlib.load_policy(stored, model=TinyNet())
+
+
+def test_bits_that_are_no_candidates_are_refused(supernet, tmp_path):
+    wrong = supernet.uniform(2).replace("pointwise", (7, 7))
+    with pytest.raises(ValueError, match="pointwise"):
+        describe_policy(supernet, wrong, "", {})
+    with pytest.raises(ValueError, match="pointwise"):
+        mpqlib.save_policy(tmp_path, supernet, wrong)
+    assert not list(tmp_path.iterdir())
