@@ -1,19 +1,21 @@
-"""The house rules: which module may import which, and what a notebook looks like."""
+"""Rules for imports, names and docstrings in mpqlib, and for the form of a notebook."""
 
 import ast
 import importlib
 import inspect
 import json
+import pkgutil
 import re
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# The house, from the ground up: a wing may import the ground floor and the wings before it. Inside
-# a wing, a room may import the rooms before it.
-GROUND = ["files", "data", "models"]  # import nothing of ours
+# A wing may import the ground floor and the wings before it. Inside a wing, a module may import the
+# modules before it.
+GROUND = ["files", "data", "models"]  # import no module of mpqlib
 WINGS = {
     "network": ["quantizer", "bits", "layers", "tracing", "supernet", "cost"],
     "training": ["scheduler", "distortion", "step", "optimization", "evaluation", "loop"],
@@ -37,7 +39,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 def module_name(path: Path) -> str:
-    """Name of a module inside mpqlib, such as "network.bits"; of a package, its folder's."""
+    """Return a module's name inside mpqlib, such as "network.bits", or "network" for a package."""
     parts = path.relative_to(ROOT / "mpqlib").with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
@@ -46,14 +48,14 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: module_n
 
 
 def allowed(module: str) -> set[str]:
-    """Modules of mpqlib that `module` may import."""
+    """Return the modules of mpqlib that `module` may import."""
     return set() if module in GROUND else set(ORDER[: ORDER.index(module)])
 
 
 def own_imports(tree: ast.AST, module: str = "") -> set[str]:
-    """Modules and names of mpqlib that `tree`, the source of `module`, imports at any depth.
+    """Return the modules and names of mpqlib that `tree` imports, also inside functions.
 
-    `module`: its name inside mpqlib, from which relative imports start.
+    `tree`: parsed source of `module`. `module`: name inside mpqlib; relative imports start there.
     """
     names = []
     for node in ast.walk(tree):
@@ -67,7 +69,7 @@ def own_imports(tree: ast.AST, module: str = "") -> set[str]:
 
 
 def module_of(imported: str) -> str:
-    """The module that an imported name lies in, or is; "" for a name of the package itself."""
+    """Return the module that holds an imported name, or "" if no module of mpqlib does."""
     while imported and imported not in ORDER:
         imported = imported.rpartition(".")[0]
     return imported
@@ -91,18 +93,18 @@ def test_own_imports_sees_every_form(source, module, imported):
     assert own_imports(ast.parse(source), module or "__init__") == imported
 
 
-def test_every_module_has_its_place():
-    rooms = {module_name(path) for path in MODULES if path.name != "__init__.py"}
-    assert rooms == set(ORDER)
+def test_every_module_is_in_the_order():
+    modules = {module_name(path) for path in MODULES if path.name != "__init__.py"}
+    assert modules == set(ORDER)
 
 
 @each_module
 def test_module_imports_only_what_it_may(path):
     if path.name == "__init__.py":
-        return  # a package offers what is in it
+        return  # a package may export all of its modules
     module = module_name(path)
     imported = {name: module_of(name) for name in own_imports(ast.parse(path.read_text()), module)}
-    assert all(imported.values()), f"not the name of a module: {imported}"
+    assert all(imported.values()), f"imports of no known module: {imported}"
     assert set(imported.values()) - allowed(module) == set()
 
 
@@ -120,7 +122,7 @@ def test_public_names_have_docstrings(path):
             missing.append(node.name)
         methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
         if isinstance(node, ast.ClassDef):
-            # A method that overrides another (`forward`) has the docstring of that one.
+            # A method that overrides another, such as `forward`, inherits its docstring.
             missing += [
                 f"{node.name}.{method.name}"
                 for method in methods
@@ -130,23 +132,56 @@ def test_public_names_have_docstrings(path):
     assert missing == []
 
 
+def public_names(path: Path) -> list[str]:
+    """Return the public functions, classes and constants that the module at `path` defines."""
+    names = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign):
+            names.append(node.target.id)
+    return [name for name in names if not name.startswith("_")]
+
+
+def test_public_name_means_one_thing():
+    modules = defaultdict(list)
+    for path in MODULES:
+        for name in public_names(path):
+            modules[name].append(module_name(path))
+    for name in ("main", "differences_plot"):  # each command has its own `main`
+        modules.pop(name, None)
+    assert {name: places for name, places in modules.items() if len(places) > 1} == {}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CITATION.cff"])
+def test_documents_name_only_what_exists(document):
+    content = (ROOT / document).read_text()
+    for name in re.findall(r"\bmpqlib(?:\.[A-Za-z_]\w*)+", content):
+        pkgutil.resolve_name(name)  # raises an error for an unknown name
+    paths = re.findall(r"\b(?:mpqlib|tests|notebooks|results)/[\w./-]*\w", content)
+    placeholders = {"mpqlib/studies/x.py", "tests/studies/test_x.py", "notebooks/NN_x.ipynb"}
+    assert [path for path in paths if not (ROOT / path).exists() and path not in placeholders] == []
+
+
 def test_main_notebook_exists():
     assert (ROOT / "notebooks" / "03_train.ipynb").is_file()
 
 
 def text(cell: dict) -> str:
-    """Source of a cell as one string; a notebook file may hold it as a list of lines."""
+    """Return the source of a cell as one string; the file may hold a list of lines."""
     return "".join(cell["source"]).strip()
 
 
 def cells(path: Path, kind: str) -> list[dict]:
-    """The cells of a kind ("code", "markdown") that are not empty."""
+    """Return the cells of a kind, "code" or "markdown", that are not empty."""
     notebook = json.loads(path.read_text())
     return [cell for cell in notebook["cells"] if cell["cell_type"] == kind and text(cell)]
 
 
 def parsed(cell: dict) -> ast.Module:
-    """Syntax tree of a code cell, Jupyter's own % and ! lines blanked."""
+    """Return the syntax tree of a code cell, without Jupyter's % and ! lines."""
     lines = text(cell).splitlines()
     return ast.parse("\n".join("" if line.lstrip()[:1] in ("%", "!") else line for line in lines))
 
@@ -187,12 +222,12 @@ def test_notebook_has_as_much_prose_as_code(path):
 @each_notebook
 def test_notebook_is_stored_as_it_ran(path):
     code = cells(path, "code")
-    # Run once, from top to bottom, in a fresh kernel
+    # It ran once, from top to bottom, in a fresh kernel
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     kinds = [output["output_type"] for cell in code for output in cell["outputs"]]
     assert kinds and "error" not in kinds
-    # A cell's output may go uncompared (tag nbval-ignore-output), but no cell goes unrun
+    # The tag nbval-ignore-output is allowed, but every cell must run
     assert not re.search("nbval[-_]skip|raises[-_]exception", path.read_text(), re.IGNORECASE)
-    # nbval keeps no history, so that a last ";" hides nothing there: end in `plt.show()` instead
+    # A last ";" hides no output under nbval; use `plt.show()` instead
     assert not [text(cell) for cell in code if text(cell).endswith(";")]
     assert json.loads(path.read_text())["metadata"]["kernelspec"]["name"] == "python3"
