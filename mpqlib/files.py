@@ -1,22 +1,35 @@
-"""Files that survive interruptions and are never executed: safetensors, tensors and JSON."""
+"""Files that survive interruptions, carry a hash of their content and are never executed."""
 
 import hashlib
 import json
 import os
+import platform
+import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+# The hash inside a safetensors file, and what stands in its place while the hash is computed.
+HASH = re.compile(rb'\\"sha256\\": \\"([0-9a-f]{64})\\"')
+NO_HASH = "0" * 64
 
 
 def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` with a temporary path beside `path`, then puts the file in place at once."""
+    """Calls `write` with a temporary path beside `path`, then moves that file to `path`.
+
+    `path` holds the old content or the new one, never a part. Removes leftovers of killed writers.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    remove_leftovers(path)
+    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         write(part)
         os.replace(part, path)
@@ -24,49 +37,258 @@ def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Removes temporary files of `path` whose process on this machine was killed while writing."""
+    path = Path(path)
+    prefix = f".{path.name}."
+    for part in path.parent.glob(".*"):
+        if not part.name.startswith(prefix):
+            continue
+        machine, _, process = part.name.removeprefix(prefix).rpartition(".")
+        # Earlier versions did not write the machine's name.
+        if process.isdecimal() and machine in ("", platform.node()) and not _is_running(process):
+            part.unlink(missing_ok=True)
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process of this number runs; True where that cannot be asked."""
+    if os.name != "posix":  # on Windows, the signal 0 is Ctrl+C
+        return True
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
+
+
+def plain(value: object, name: str) -> object:
+    """`value` in the types that JSON reads back: None, bool, int, float, str, list and dict.
+
+    Converts numpy scalars, paths, tuples and integer keys. Raises ValueError, with `name` and the
+    key, for a value of another type, such as a tensor.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        if wrong := [k for k in value if isinstance(k, bool) or not isinstance(k, (str, Integral))]:
+            raise ValueError(f"key {wrong[0]!r} of {name} is not allowed: a string or an integer")
+        return {str(key): plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+    raise ValueError(
+        f"{name}={value!r} ({type(value).__name__}) cannot be stored: allowed are None, bool, "
+        "numbers, strings and paths, and lists, tuples and dicts of them"
+    )
+
+
 def save_json(path: Path, value: object) -> None:
     """Writes `value` as JSON, atomically."""
     save_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def remembered(path: Path, about: Mapping, compute: Callable[[], object]) -> object:
-    """What `compute` returned when it was last asked, or returns now: a value that JSON can hold.
+def check_settings(path: Path, saved: Mapping, now: Mapping) -> None:
+    """Raises ValueError, naming the differences, if the settings of `path` are not those of now."""
+    different = [
+        f"{key}: {saved.get(key, 'not set')!r} there, {now.get(key, 'not set')!r} now"
+        for key in sorted(saved.keys() | now.keys())
+        # As text, because NaN is equal to itself there.
+        if key not in saved or key not in now or json.dumps(saved[key]) != json.dumps(now[key])
+    ]
+    if different:
+        raise ValueError(
+            f"{path} holds the result of other settings ({'; '.join(different)}): "
+            "use another folder, or remove the file"
+        )
 
-    So a study of many runs goes on where it stopped. Raises ValueError where `path` holds the value
-    of other settings than `about`.
+
+def remembered(path: Path, about: Mapping, compute: Callable[[], object]) -> object:
+    """Returns the value stored in `path`, or calls `compute` and stores what it returns.
+
+    A study of many runs calls this once per run, and resumes after the last finished run when it is
+    interrupted. `about`: the settings that the value depends on. Both are stored as `plain` makes
+    them. Raises ValueError if `path` is damaged, is another kind of file, or holds the result of
+    other settings.
     """
-    path, about = Path(path), json.loads(json.dumps(dict(about)))
+    path, about = Path(path), plain(dict(about), "about")
     if not path.exists():
-        save_json(path, {"about": about, "value": compute()})
-    kept = json.loads(path.read_text())
-    if kept["about"] != about:
-        raise ValueError(f"{path} holds a result of {kept['about']}: keep to that, or remove it")
-    return kept["value"]
+        value = plain(compute(), "value")
+        save_json(path, {"about": about, "value": value, "sha256": _json_hash(about, value)})
+    remedy = "remove it to compute the result again"
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        saved, value, digest = kept["about"], kept["value"], kept["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path} is damaged, or is not a stored result: {remedy}") from None
+    if digest != _json_hash(saved, value):
+        raise ValueError(f"{path} is damaged, its content does not match its SHA-256: {remedy}")
+    check_settings(path, saved, about)
+    return value
+
+
+def _json_hash(about: object, value: object) -> str:
+    return hashlib.sha256(json.dumps([about, value], sort_keys=True).encode()).hexdigest()
 
 
 def save_state(path: Path, state: Mapping) -> None:
-    """Writes nested dicts and lists of tensors, numbers and strings, atomically."""
-    save_atomically(path, lambda part: torch.save(dict(state), part))
+    """Writes nested dicts, lists and tuples of tensors, numbers and strings, atomically.
+
+    The file is a safetensors file with a hash of its content. Raises ValueError for another type.
+    """
+    tensors: list[Tensor] = []
+    content = _without_tensors(dict(state), tensors, "state")
+    _write(path, "state", {str(i): tensor for i, tensor in enumerate(tensors)}, content)
 
 
 def load_state(path: Path) -> dict:
-    """What `save_state` wrote, onto the CPU; nothing in the file is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Reads what `save_state` wrote, tensors on the CPU.
+
+    Raises ValueError if the file is damaged or was not written by `save_state`.
+    """
+    tensors, content = _read(path, "state", remedy := "remove it to start anew")
+    try:
+        return dict(_with_tensors(content, tensors))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{path} holds no state of mpqlib: {remedy}") from None
+
+
+def _without_tensors(value: object, tensors: list[Tensor], name: str) -> object:
+    """`value` for JSON; appends its tensors to `tensors` and puts their index in their place."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        # The order in memory matters: a fused optimizer goes over a weight and its momentum as one.
+        channels_last = value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last)
+        return {"tensor": [str(len(tensors) - 1), channels_last]}
+    if isinstance(value, Mapping):  # as a list of pairs, because a JSON key is always a string
+        items = [
+            (plain(k, f"a key of {name}"), _without_tensors(v, tensors, f"{name}[{k!r}]"))
+            for k, v in value.items()
+        ]
+        return {"dict": items}
+    if isinstance(value, (list, tuple)):
+        items = [_without_tensors(v, tensors, f"{name}[{i}]") for i, v in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    return plain(value, name)
+
+
+def _with_tensors(value: object, tensors: Mapping[str, Tensor]) -> object:
+    """What `_without_tensors` was given."""
+    if isinstance(value, list):
+        return [_with_tensors(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        name, channels_last = content
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return tensors[name].contiguous(memory_format=layout)
+    if kind == "tuple":
+        return tuple(_with_tensors(v, tensors) for v in content)
+    return {k: _with_tensors(v, tensors) for k, v in content}
 
 
 def save_weights(path: Path, model: nn.Module, about: Mapping) -> str:
-    """Writes a model's tensors as safetensors, with `about` as JSON; returns the file's SHA-256."""
-    tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
-    metadata = {"about": json.dumps(dict(about))}
-    save_atomically(path, lambda part: save_file(tensors, part, metadata))
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """Writes a model's tensors and `about` as a safetensors file; returns the file's SHA-256.
+
+    `about`: stored as `plain` makes it. A tensor that several modules share is stored once for
+    each. The file also carries a hash of its content, which `load_weights` checks.
+    """
+    return _write(path, "weights", model.state_dict(), plain(dict(about), "about"))
 
 
 def load_weights(path: Path, model: nn.Module) -> dict:
-    """Loads what `save_weights` wrote into a model of the same build; returns its `about`.
+    """Loads the tensors that `save_weights` wrote into `model`; returns the file's `about`.
 
-    Raises RuntimeError where a tensor is missing, unknown or of another shape.
+    Raises ValueError if the file is damaged, was not written by `save_weights` or does not fit the
+    model. The model is then unchanged.
     """
-    model.load_state_dict(load_file(path))
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["about"])
+    tensors, about = _read(path, "weights", "get it again, or save it again")
+    set_tensors(model, tensors, path)
+    return about
+
+
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copies `tensors`, read from `path`, into the model.
+
+    Raises ValueError, with the first names, if tensors are missing, unexpected or of another shape,
+    or if they differ where the model shares one tensor. The model is then unchanged.
+    """
+    own = model.state_dict(keep_vars=True)
+    shapes = [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
+    sharing = defaultdict(list)
+    for name, tensor in own.items():
+        sharing[id(tensor)].append(name)
+    wrong = {
+        "missing": [repr(n) for n in own if n not in tensors],
+        "unexpected": [repr(n) for n in sorted(tensors) if n not in own],
+        "of another shape": [
+            f"{n!r} {tuple(tensors[n].shape)}, in the model {tuple(own[n].shape)}" for n in shapes
+        ],
+    }
+    if not any(wrong.values()):
+        wrong["shared in the model, different in the file"] = [
+            f"{names[0]!r} and {n!r}"
+            for names in sharing.values()
+            for n in names[1:]
+            if not tensors[n].equal(tensors[names[0]])
+        ]
+    if any(wrong.values()):
+        found = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in wrong.items()
+            if names
+        )
+        raise ValueError(f"{path} does not fit this model. Its tensors: {found}")
+    model.load_state_dict(tensors)
+
+
+def _write(path: Path, kind: str, tensors: Mapping[str, Tensor], content: object) -> str:
+    """Writes a safetensors file that carries its own hash; returns the SHA-256 of the whole file.
+
+    The hash is computed with zeros in its place. All of it is one entry of the metadata, because
+    safetensors writes several in no fixed order.
+    """
+    # Contiguous copies, because safetensors takes no tensors that share memory.
+    copies = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    document = json.dumps({"sha256": NO_HASH, "kind": kind, "content": content})
+    data = bytearray(save(copies, {"mpqlib": document}))
+    start, end = HASH.search(data).span(1)
+    data[start:end] = hashlib.sha256(data).hexdigest().encode()
+    save_atomically(path, lambda part: part.write_bytes(data))
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: Path, kind: str, remedy: str) -> tuple[dict[str, Tensor], object]:
+    """Tensors and content that `_write` stored as `kind`; raises ValueError for any other file."""
+    data = Path(path).read_bytes()
+    found = HASH.search(data)
+    if found is None:
+        what = "empty" if not data else f"damaged, or is not a file of mpqlib that holds {kind}"
+        raise ValueError(f"{path} is {what}: {remedy}")
+    start, end = found.span(1)
+    digest = hashlib.sha256(memoryview(data)[:start])
+    digest.update(NO_HASH.encode())
+    digest.update(memoryview(data)[end:])
+    if digest.hexdigest() != found[1].decode():
+        raise ValueError(f"{path} is damaged, its content does not match its SHA-256: {remedy}")
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        document = json.loads(header["__metadata__"]["mpqlib"])
+        found_kind, content = document["kind"], document["content"]
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{path} is not a file of mpqlib that holds {kind}: {remedy}") from None
+    if found_kind != kind:
+        raise ValueError(f"{path} holds {found_kind}, not {kind}: {remedy}")
+    return tensors, content

@@ -1,4 +1,4 @@
-"""What a run stores: intervals, policy, provenance; files that cannot be half there."""
+"""What a run stores: measurements, policy, provenance and figures."""
 
 import json
 
@@ -10,15 +10,7 @@ import yaml
 from conftest import images
 
 from mpqlib import data
-from mpqlib.files import (
-    load_state,
-    load_weights,
-    remembered,
-    save_atomically,
-    save_json,
-    save_state,
-    save_weights,
-)
+from mpqlib.files import save_weights
 from mpqlib.network.bits import largest
 from mpqlib.report import plots, runs
 from mpqlib.report.policy import describe_policy
@@ -72,56 +64,6 @@ def test_a_run_is_stored_whole(supernet, metrics, dataset, tmp_path):
     assert torch.__version__.startswith(source["versions"]["torch"]) and source["seeds"] == [0]
     names = {path.name for path in tmp_path.iterdir()}
     assert {f"{name}.png" for name in drawn} < names and not any(n.startswith(".") for n in names)
-
-
-def test_weights_come_back_with_the_signs_of_their_ranges(supernet, tmp_path, dataset):
-    x, config = dataset.tensors[0], supernet.uniform(2)
-    expected = supernet.eval()(x, config).detach()
-    save_weights(tmp_path / "w.safetensors", supernet, {"model": "tiny"})
-    with torch.no_grad():
-        for p in supernet.parameters():
-            p.mul_(1.5)
-        for layer in supernet.layers.values():
-            layer.weight_quantizer.signed = False
-    assert load_weights(tmp_path / "w.safetensors", supernet) == {"model": "tiny"}
-    assert torch.equal(supernet(x, config), expected)
-
-
-def test_a_study_goes_on_where_it_stopped(tmp_path):
-    calls, file = [], tmp_path / "runs" / "seed0.json"
-
-    def compute():
-        calls.append(1)
-        return [{"seed": 0, "top1": 71.25}]
-
-    about = {"bits": (2, 3), "lr": 0.1}
-    for _ in range(2):
-        assert remembered(file, about, compute) == [{"seed": 0, "top1": 71.25}]
-    assert len(calls) == 1
-    with pytest.raises(ValueError, match=r"seed0.json holds a result of .*'lr': 0.1"):
-        remembered(file, about | {"lr": 0.2}, compute)
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    file = tmp_path / "a" / "x.json"
-    save_json(file, {"a": 1})
-
-    def broken(part):
-        part.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        save_atomically(file, broken)
-    assert json.loads(file.read_text()) == {"a": 1}
-    assert [p.name for p in file.parent.iterdir()] == ["x.json"]
-
-
-def test_a_loaded_file_is_not_executed(tmp_path):
-    save_state(tmp_path / "good.pt", {"x": torch.ones(2)})
-    assert torch.equal(load_state(tmp_path / "good.pt")["x"], torch.ones(2))
-    torch.save({"x": pytest.raises}, tmp_path / "bad.pt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
-        load_state(tmp_path / "bad.pt")
 
 
 def test_measure_refuses_an_unfit_number_of_images(supernet):
