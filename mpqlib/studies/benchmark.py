@@ -67,8 +67,7 @@ def training_step(
     x, y, plain, supernet = setting(name, size, batch, device)
     if compile:
         compile_quantizers(supernet)
-    run = Run.start(TrainConfig(), supernet)
-    run.set_learning_rate(1)
+    run = Run.start(TrainConfig(batch_size=batch), supernet, images=batch)
 
     def four_plain_passes() -> None:
         for _ in range(4):
@@ -176,7 +175,8 @@ def formats(
     x, y, plain, supernet = setting(name, size, batch, device)
     other = models.create(name, 10).to(device).train()
     kind = torch.device(device).type
-    half, full = (Run.start(TrainConfig(dtype=d), supernet) for d in ("bfloat16", "float32"))
+    configs = [TrainConfig(batch_size=batch, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    half, full = (Run.start(config, supernet, images=batch) for config in configs)
 
     def run(model: nn.Module, images: torch.Tensor, half: bool = False) -> None:
         with torch.autocast(kind, torch.bfloat16, enabled=half):
@@ -204,8 +204,7 @@ STEP_PARTS = {
 def parts_of_step(name: str, size: int = 64, batch: int = 64, device="cpu") -> dict[str, float]:
     """Share in % of a one-shot step's processor time that each part takes (torch.profiler)."""
     x, y, _, supernet = setting(name, size, batch, device)
-    run = Run.start(TrainConfig(), supernet)
-    run.set_learning_rate(1)
+    run = Run.start(TrainConfig(batch_size=batch), supernet, images=batch)
     update(run, x, y)
     with profile(activities=[ProfilerActivity.CPU]) as record:
         update(run, x, y)

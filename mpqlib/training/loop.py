@@ -1,132 +1,253 @@
-"""One-shot training: one loop for the float start and for the supernet."""
+"""One-shot training: one loop for the float network and for the supernet."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from ..files import load_state, save_state
+from ..files import (
+    check_settings,
+    load_state,
+    plain,
+    remove_leftovers,
+    save_state,
+    set_tensors,
+)
 from ..network.bits import Candidates, sample
 from ..network.supernet import Supernet
-from .evaluation import select_dtype
+from .evaluation import select_device, select_dtype
 from .optimization import (
-    MovingAverage,
     average_gradients,
+    average_weights,
+    averaged_model,
+    check_gradients,
+    check_weights,
+    create_optimizers,
     decay_outside_region,
-    learning_rate,
-    optimizers_of,
+    schedule_learning_rate,
 )
 from .scheduler import cosine, freeze, freeze_share, is_freeze_epoch, turbulence
 from .step import float_gradients, one_shot_gradients
 
+# Smallest and largest value allowed of settings; any other number is at least 0.
+RANGES = {
+    "batch_size": (1, math.inf),
+    "momentum": (0, 1),
+    "ema_decay": (0, 1),
+    "label_smoothing": (0, 1),
+    "freeze_every": (1, math.inf),
+    "freeze_late": (0, 1),
+    "freeze_late_every": (1, math.inf),
+    "grid_start": (0, 1),
+    "seed": (0, 2**63 - 1),
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a training run is made of; defaults are RFQuant's release (arXiv 2401.01543).
+    """Settings of a training run; the defaults are those of RFQuant's release (arXiv 2401.01543).
 
-    Epochs count from 0. Raises ValueError for a value that is not allowed.
+    Epochs count from 0. numpy scalars become Python's numbers. Raises ValueError for a value that
+    is not allowed, and TypeError for an unknown setting.
     """
 
     epochs: int = 150
-    batch_size: int = 512  # images a step, over all processes
-    random_paths: int = 3  # random configurations a step, beside the largest one
+    batch_size: int = 512  # images in a step, over all processes
+    random_paths: int = 3  # random configurations in a step, beside the largest one
     lr: float = 0.04  # peak learning rate of SGD, cosine to 0
     warmup_epochs: float = 5
     momentum: float = 0.9  # Nesterov
     weight_decay: float = 2.5e-5
     region_decay: bool = True  # no decay inside the smallest bit-width's clipping region
     step_lr: float = 1e-5  # peak learning rate of the quantizers' steps, by Adam
-    clip_value: float = 1.0  # each gradient entry is clipped to +- this
+    clip_value: float = 1.0  # gradient entries are clipped to +- this; math.inf: no clipping
     ema_decay: float = 0.9997  # of the averaged weights that training returns
     label_smoothing: float = 0.0
     scheduler: bool = True  # dynamic bit-width scheduler
     freeze_start: int = 6  # first epoch at which bit-widths may be frozen
-    freeze_every: int = 2
-    freeze_late: float = 0.72  # share of training after which freezing is revised ...
-    freeze_late_every: int = 15  # ... only this often
+    freeze_every: int = 2  # epochs between two choices of what to freeze
+    freeze_late: float = 0.72  # share of training after which the choice is made ...
+    freeze_late_every: int = 15  # ... only every so many epochs
     freeze_activations: bool = True
     idm: bool = True  # information distortion mitigation
     idm_weight: float = 0.01
     grid_weight: float = 0.1  # final weight of the quantization-error term, 0 for none
-    grid_start: float = 40 / 150  # share of training after which it grows by a cosine
-    dtype: str = "float32"  # of convolutions and linears: float32, bfloat16, auto
+    grid_start: float = 40 / 150  # share of training after which that weight grows by a cosine
+    dtype: str = "float32"  # of convolutions and linear layers: float32, bfloat16 or auto
     seed: int = 0
 
     def __post_init__(self):
-        least = {"epochs": 0, "batch_size": 1, "random_paths": 0, "freeze_start": 0}
-        least |= {"freeze_every": 1, "freeze_late_every": 1, "seed": 0}
-        for name, value in asdict(self).items():
-            low = least.get(name, 0)
-            if isinstance(value, (int, float)) and not value >= low:
-                raise ValueError(f"{name}={value!r} is not allowed: at least {low}")
-            if name in least and value != int(value):
-                raise ValueError(f"{name}={value!r} is not allowed: a whole number")
+        for setting in fields(self):
+            value = _checked(setting.name, getattr(self, setting.name), setting.type)
+            object.__setattr__(self, setting.name, value)  # the class is frozen
 
 
-@contextmanager
-def seeded(generator: torch.Generator) -> Iterator[None]:
-    """Within the block, the global generator (dropout, augmentation) is seeded from `generator`."""
-    seed = int(torch.randint(2**31, (), generator=generator))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed + (dist.get_rank() if dist.is_initialized() else 0))
-        yield
-
-
-def batches(
-    dataset: Dataset, config: TrainConfig, generator: torch.Generator, workers: int = 0
-) -> DataLoader:
-    """One epoch of `dataset`, shuffled by the shared generator, this process's share of it."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    order = torch.randperm(len(dataset), generator=generator)[rank::world].tolist()
-    size = config.batch_size // world
-    return DataLoader(Subset(dataset, order), size, drop_last=True, num_workers=workers)
+def _checked(name: str, value: object, kind: type) -> bool | int | float | str:
+    """The value of a setting as a `kind`; raises ValueError if it is not allowed."""
+    if kind is str:
+        select_dtype(value, "cpu")  # raises
+        return str(value)
+    truth = isinstance(value, (bool, np.bool_))
+    if kind is bool:
+        if not truth:
+            raise ValueError(f"{name}={value!r} is not allowed: True or False")
+        return bool(value)
+    low, high = RANGES.get(name, (0, math.inf))
+    allowed = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+    number = "a whole number" if kind is int else "a number"
+    right = isinstance(value, Integral if kind is int else Real) and not truth
+    # NaN is in no range.
+    if not right or not low <= value <= high or (value == math.inf and name != "clip_value"):
+        raise ValueError(f"{name}={value!r} is not allowed: {number}, {allowed}")
+    return kind(value)
 
 
 def choose_candidates(
     supernet: Supernet, config: TrainConfig, epoch: int, current: dict[str, Candidates]
 ) -> tuple[dict[str, Candidates], dict[str, float]]:
-    """Candidates for `epoch` under the scheduler, and every layer's turbulence."""
+    """Candidates for `epoch` under the dynamic bit-width scheduler, and each layer's turbulence."""
     turbulences = {name: turbulence(layer) for name, layer in supernet.layers.items()}
     c = config
-    rhythm = c.freeze_start, c.freeze_every, c.freeze_late, c.freeze_late_every
-    if c.scheduler and is_freeze_epoch(epoch, c.epochs, *rhythm):
+    when = c.freeze_start, c.freeze_every, c.freeze_late, c.freeze_late_every
+    if c.scheduler and is_freeze_epoch(epoch, c.epochs, *when):
         share = freeze_share((epoch - c.freeze_start) / max(c.epochs - c.freeze_start, 1))
         current = freeze(supernet.candidates, turbulences, share, c.freeze_activations)
     return current, turbulences
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank, and the number of processes of torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@dataclass
+class Epoch:
+    """An unfinished epoch: what a checkpoint needs in order to resume in the middle of it."""
+
+    seed: int  # of augmentation and dropout
+    order: Tensor  # (N) indices of the training images
+    row: dict  # its row of the history, without the losses
+    sums: dict[str, Tensor]  # losses and accuracies, summed over its steps
+    seconds: float = 0.0
+
+
+class Batches(Dataset):
+    """The batches (images, labels) of this process in an epoch, by step.
+
+    A batch depends on the epoch and the step alone: neither on the batches before it nor on the
+    number of workers. So an epoch resumes at any step. Augmentation must draw from torch's global
+    generator.
+    """
+
+    def __init__(self, dataset: Dataset, epoch: Epoch, batch_size: int):
+        rank, world = rank_and_size()
+        self.dataset, self.seed, self.rank, self.world = dataset, epoch.seed, rank, world
+        self.order, self.size = epoch.order[rank::world].tolist(), batch_size // world
+
+    def __getitem__(self, step: int) -> list[Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed + step * self.world + self.rank)
+            indices = self.order[step * self.size : (step + 1) * self.size]
+            return default_collate([self.dataset[i] for i in indices])
+
+
 @dataclass
 class Run:
-    """All that changes while a model trains, and so all that a checkpoint holds."""
+    """A model in training, and all that changes with it: what a checkpoint holds."""
 
     config: TrainConfig
     model: nn.Module
-    average: MovingAverage
-    optimizers: list[torch.optim.Optimizer]
-    generator: torch.Generator  # everything random comes from it, the same on every process
-    candidates: dict[str, Candidates]
-    history: list[dict]
+    images: int  # in the training set
     about: dict
+    parameters: nn.ParameterList  # the model's
+    average: AveragedModel  # of the parameters
+    optimizers: list[torch.optim.Optimizer]
+    schedules: list[LRScheduler]  # learning rates, one for each optimizer
+    generator: torch.Generator  # source of all randomness, the same in every process
+    candidates: dict[str, Candidates]
+    history: list[dict]  # one row for each finished epoch
+    step: int = 0  # steps taken, over all epochs
+    epoch: Epoch | None = None  # the unfinished one
 
     @classmethod
-    def start(cls, config: TrainConfig, model: nn.Module, about: Mapping | None = None) -> "Run":
-        """At the first epoch."""
-        optimizers = optimizers_of(model, config.momentum, config.weight_decay, config.region_decay)
-        candidates = model.candidates if isinstance(model, Supernet) else {}
-        generator = torch.Generator().manual_seed(config.seed)
-        average = MovingAverage(model, config.ema_decay)
-        return cls(config, model, average, optimizers, generator, candidates, [], dict(about or {}))
+    def start(
+        cls, config: TrainConfig, model: nn.Module, images: int, about: Mapping | None = None
+    ) -> "Run":
+        """A run before its first step. `images`: number of training images.
 
-    def describe(self) -> dict:
-        """What must agree for a checkpoint to be gone on from."""
-        return {"config": asdict(self.config), "about": self.about}
+        Raises ValueError for fewer images than one batch, and for `about` that cannot be stored.
+        """
+        if images < config.batch_size:
+            raise ValueError(
+                f"batch_size={config.batch_size} is not allowed: the data set has {images} images, "
+                "which must fill at least one batch"
+            )
+        c = config
+        optimizers = create_optimizers(
+            model,
+            lr=c.lr,
+            step_lr=c.step_lr,
+            momentum=c.momentum,
+            weight_decay=c.weight_decay,
+            region_decay=c.region_decay,
+        )
+        steps = images // c.batch_size
+        parameters = nn.ParameterList(model.parameters())
+        return cls(
+            config=config,
+            model=model,
+            images=images,
+            about=plain(dict(about or {}), "about"),
+            parameters=parameters,
+            average=average_weights(parameters, c.ema_decay),
+            optimizers=optimizers,
+            schedules=[
+                schedule_learning_rate(o, steps, c.epochs, c.warmup_epochs) for o in optimizers
+            ],
+            generator=torch.Generator().manual_seed(c.seed),
+            candidates=model.candidates if isinstance(model, Supernet) else {},
+            history=[],
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return self.images // self.config.batch_size
+
+    def when(self) -> str:
+        """The epoch and step that come next, both counted from 1, for messages."""
+        epoch, step = divmod(self.step, self.steps)
+        return f"epoch {epoch + 1} of {self.config.epochs}, step {step + 1} of {self.steps}"
+
+    def start_epoch(self) -> None:
+        """Chooses the next epoch's candidates and the order of its images."""
+        number = len(self.history)
+        row = {"epoch": number + 1}
+        if isinstance(self.model, Supernet):
+            self.candidates, row["turbulence"] = choose_candidates(
+                self.model, self.config, number, self.candidates
+            )
+            row["candidates"] = {name: list(c.weight) for name, c in self.candidates.items()}
+        seed = int(torch.randint(2**31, (), generator=self.generator))
+        order = torch.randperm(self.images, generator=self.generator)
+        self.epoch = Epoch(seed, order, row, sums={})
+
+    def end_epoch(self) -> None:
+        """Adds the epoch's row, with its mean losses, to the history."""
+        means = {key: float(total / self.steps) for key, total in self.epoch.sums.items()}
+        self.history.append(self.epoch.row | means | {"seconds": self.epoch.seconds})
+        self.epoch = None
 
     def gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Adds up one step's gradients; returns its losses and accuracies."""
@@ -146,55 +267,104 @@ class Run:
             dtype=dtype,
         )
 
-    def set_learning_rate(self, epoch: float) -> None:
-        """Both optimizers' learning rates at `epoch`, a real number."""
-        share = learning_rate(epoch, self.config.epochs, self.config.warmup_epochs)
-        peaks = (self.config.lr, self.config.step_lr)
-        for optimizer, peak in zip(self.optimizers, peaks[: len(self.optimizers)], strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * share
+    def describe(self) -> dict:
+        """Settings that must match before resuming."""
+        about = {f"about[{key!r}]": value for key, value in self.about.items()}
+        return asdict(self.config) | {"images": self.images} | about
 
     def save(self, path: Path) -> None:
-        """Writes everything, atomically."""
-        state = self.describe() | {
+        """Writes a checkpoint, atomically.
+
+        Raises FloatingPointError, before anything is written, if a weight is not finite.
+        """
+        check_weights(self.model, f"before {self.when()}")
+        save_state(path, self.state())
+
+    def state(self) -> dict:
+        """What a checkpoint holds."""
+        return {
+            "settings": self.describe(),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
             "generator": self.generator.get_state(),
-            "candidates": {name: [list(b) for b in c] for name, c in self.candidates.items()},
+            "candidates": {name: tuple(c) for name, c in self.candidates.items()},
             "history": self.history,
+            "step": self.step,
+            "epoch": self.epoch and vars(self.epoch),
         }
-        save_state(path, state)
 
     def load(self, path: Path) -> None:
-        """Goes on from what `save` wrote; raises ValueError if that was another configuration."""
+        """Continues from the checkpoint that `save` wrote.
+
+        Raises ValueError if the file is damaged or no checkpoint, if it was written under other
+        settings (the message names them), or if it does not fit the model.
+        """
         state = load_state(path)
-        saved, mine = (c["config"] | c["about"] for c in (state, self.describe()))
-        if other := {k: v for k, v in saved.items() if mine.get(k) != v}:
-            raise ValueError(f"{path} was trained with {other}: keep to that, or remove the file")
-        self.model.load_state_dict(state["model"])
+        if state.keys() != self.state().keys():
+            raise ValueError(f"{path} is not a checkpoint of training: remove it to start anew")
+        check_settings(path, state["settings"], self.describe())
+        set_tensors(self.model, state["model"], path)
         self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        for own, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            own.load_state_dict(saved)
+        for own, saved in zip(self.schedules, state["schedules"], strict=True):
+            own.load_state_dict(saved)
         self.generator.set_state(state["generator"])
-        self.candidates = {
-            name: Candidates(*(tuple(b) for b in c)) for name, c in state["candidates"].items()
-        }
-        self.history = state["history"]
+        self.candidates = {name: Candidates(*c) for name, c in state["candidates"].items()}
+        self.history, self.step = state["history"], state["step"]
+        self.epoch = state["epoch"] and Epoch(**state["epoch"])
 
 
 def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """One training step on images (N, C, H, W) and labels (N); returns its losses."""
+    """Trains on images (N, C, H, W) and labels (N) for one step; returns losses and accuracies.
+
+    Raises FloatingPointError, before the weights move, if a loss or a gradient is not finite.
+    """
     losses = run.gradients(x, y)
     average_gradients(run.model)
-    nn.utils.clip_grad_value_(run.model.parameters(), run.config.clip_value)
+    check_gradients(run.model, losses, run.when())
+    nn.utils.clip_grad_value_(run.parameters, run.config.clip_value)
     if isinstance(run.model, Supernet) and run.config.region_decay:
         decay_outside_region(run.model, run.config.weight_decay)
-    for optimizer in run.optimizers:
+    for optimizer, schedule in zip(run.optimizers, run.schedules, strict=True):
         optimizer.step()
         optimizer.zero_grad()
-    run.average.update()
+        schedule.step()
+    run.average.update_parameters(run.parameters)
+    run.step += 1
     return losses
+
+
+def train_epoch(
+    run: Run,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    workers: int,
+    title: str,
+    after_step: Callable[[], object],
+) -> None:
+    """Runs the steps that are left of the run's epoch, and calls `after_step` after each."""
+    epoch, (rank, world) = run.epoch, rank_and_size()
+    done = run.step % run.steps
+    started = time.perf_counter() - epoch.seconds
+    batches = DataLoader(
+        Batches(dataset, epoch, run.config.batch_size),
+        batch_size=None,  # they are batches already
+        sampler=range(done, run.steps),
+        num_workers=workers,
+    )
+    with torch.random.fork_rng():
+        for x, y in tqdm(batches, title, total=run.steps, initial=done, leave=False):
+            # Dropout, too, depends on the epoch and the step alone.
+            torch.manual_seed(epoch.seed - 1 - (run.step % run.steps * world + rank))
+            x = x.to(device, memory_format=torch.channels_last)
+            for key, value in update(run, x, y.to(device)).items():
+                epoch.sums[key] = epoch.sums.get(key, 0) + value
+            epoch.seconds = time.perf_counter() - started
+            after_step()
 
 
 def train(
@@ -203,46 +373,64 @@ def train(
     config: TrainConfig,
     *,
     device: str | torch.device = "cpu",
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_minutes: float = 10,
     about: Mapping | None = None,
     workers: int = 0,
     label: str = "training",
     watch: Callable[[Run], object] | None = None,
 ) -> tuple[nn.Module, list[dict]]:
-    """Trains a float model, or a Supernet one-shot; returns its averaged copy and a row an epoch.
+    """Trains a float model, or a Supernet one-shot; returns its averaged copy and its history.
 
-    `dataset`: items (image (C, H, W), label). `checkpoint`: written after every epoch; where it
-    exists, training goes on from it, to the same numbers bit for bit (CPU). `about`: what else must
-    agree with it, such as the names of model and data. `watch`: called after every step. Raises
-    ValueError for a checkpoint of another configuration or fewer images than one batch.
+    `dataset`: items (image (C, H, W), label); augmentation must draw from torch's global generator.
+    `checkpoint`: a file that is written after each epoch, and within an epoch when
+    `checkpoint_minutes` have passed since the last time. If the file exists, training resumes from
+    it and gives the same numbers, bit for bit (CPU), as without interruption. `about`: further
+    settings that must match before resuming, such as the names of model and data. `workers`:
+    processes that load images; they do not change the numbers. `label`: title of the progress bar.
+    `watch`: called with the Run after every step.
+
+    The history has one dict for each epoch: `epoch` (from 1), mean losses and accuracies,
+    `seconds`, and for a Supernet each layer's `turbulence` and weight `candidates`.
+
+    Raises ValueError for a checkpoint that is damaged, was written under other settings or does not
+    fit the model, and for fewer images than one batch. Raises FloatingPointError, with epoch, step
+    and layer, when losses, gradients or weights become NaN or infinite; the checkpoint stays as it
+    was.
     """
-    if not (steps := len(dataset) // config.batch_size):
-        raise ValueError(f"batch_size={config.batch_size}: at most the {len(dataset)} images here")
-    one_shot = isinstance(model, Supernet)
+    if not isinstance(checkpoint_minutes, Real) or not checkpoint_minutes >= 0:
+        raise ValueError(f"checkpoint_minutes={checkpoint_minutes!r} is not allowed: at least 0")
+    device = select_device(device)
     model = model.to(device, memory_format=torch.channels_last).train()
-    run = Run.start(config, model, about)
-    if checkpoint and checkpoint.exists():
-        run.load(checkpoint)
+    model.zero_grad()  # a gradient from before would count in the first step
+    run = Run.start(config, model, len(dataset), about)
+    path = checkpoint and Path(checkpoint)
+    if path:
+        remove_leftovers(path)
+        if path.exists():
+            run.load(path)
+    saved = time.monotonic()
 
-    for epoch in range(len(run.history), config.epochs):
-        started, losses, row = time.perf_counter(), [], {"epoch": epoch + 1}
-        if one_shot:
-            run.candidates, row["turbulence"] = choose_candidates(
-                model, config, epoch, run.candidates
-            )
-            row["candidates"] = {name: list(c.weight) for name, c in run.candidates.items()}
-        with seeded(run.generator):
-            loader = batches(dataset, config, run.generator, workers)
-            title = f"{label}, epoch {epoch + 1} of {config.epochs}"
-            for step, (x, y) in enumerate(tqdm(loader, title, leave=False)):
-                run.set_learning_rate(epoch + (step + 0.5) / steps)
-                x = x.to(device, memory_format=torch.channels_last)
-                losses.append(update(run, x, y.to(device)))
-                if watch:
-                    watch(run)
-        row |= {key: float(sum(loss[key] for loss in losses) / steps) for key in losses[0]}
-        run.average.copy_buffers(model)
-        run.history.append(row | {"seconds": time.perf_counter() - started})
-        if checkpoint:
-            run.save(checkpoint)
-    return run.average.module.eval(), run.history
+    def save() -> None:
+        nonlocal saved
+        if path and rank_and_size()[0] == 0:
+            run.save(path)
+        saved = time.monotonic()
+
+    def after_step() -> None:
+        if watch:
+            watch(run)
+        if run.step % run.steps and time.monotonic() - saved >= 60 * checkpoint_minutes:
+            save()
+
+    while len(run.history) < config.epochs:
+        if run.epoch is None:
+            run.start_epoch()
+        title = f"{label}, epoch {len(run.history) + 1} of {config.epochs}"
+        train_epoch(
+            run, dataset, device=device, workers=workers, title=title, after_step=after_step
+        )
+        check_weights(model, f"after epoch {len(run.history) + 1} of {config.epochs}")
+        run.end_epoch()
+        save()
+    return averaged_model(model, run.average), run.history
