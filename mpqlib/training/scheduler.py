@@ -1,4 +1,4 @@
-"""Dynamic bit-width scheduler: turbulence, and which bit-widths are frozen because of it."""
+"""Dynamic bit-width scheduler: the turbulence of layers, and which layers to freeze by it."""
 
 import math
 from collections.abc import Mapping
@@ -10,41 +10,42 @@ from ..network.bits import Candidates
 from ..network.layers import QuantLinear
 from ..network.quantizer import in_memory_order, integer_range
 
-# Weights visited at a time, so that what is computed from them stays in a processor's cache.
+# Number of weights in a block. What is computed from a block fits into a processor's cache.
 BLOCK = 2**18
 
 
 def unstable_share(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     """Share of weights in the outer quarter of their quantization bin, a scalar.
 
-    That is |w/s - round(w/s)| > 3/8: nearer than 1/8 to a rounding bound. In the two end bins only
-    the inner side has one, which clipping w/s to the range gives, for clipped values are integers.
-    Source: RFQuant (arXiv 2401.01543), definition 3.1 and its release.
+    These are the weights with |w/s - round(w/s)| > 3/8, less than 1/8 from a rounding bound. In the
+    two end bins, only the inner side counts. Source: RFQuant (arXiv 2401.01543), definition 3.1 and
+    its release.
     """
     q_min, q_max = integer_range(bits, signed=True)
     count = torch.zeros((), dtype=torch.long, device=weight.device)
     for block in in_memory_order(weight, dtype=weight.dtype)[0].split(BLOCK):
+        # Clipped values are integers, so that the outer sides of the end bins do not count.
         v = (block / step).clamp_(q_min, q_max)
         distance = v.frac_().abs_().sub_(1 / 2).abs_()  # to the nearest rounding bound, <= 1/2
-        count -= distance.sub_(1 / 8).floor_().sum().long()  # the floor is -1 when near, else 0
+        count -= distance.sub_(1 / 8).floor_().sum().long()  # the floor is -1 if it is near, else 0
     return count / weight.numel()
 
 
 @torch.no_grad()
 def turbulence(layer: QuantLinear) -> float:
-    """Unstable share over bit-width, averaged over the layer's weight candidates (RFQuant)."""
+    """Mean of (unstable share / bits) over the weight candidates of `layer` (RFQuant)."""
     quantizer = layer.weight_quantizer
     shares = [unstable_share(layer.op.weight, quantizer.step(b), b) / b for b in quantizer.bits]
     return float(torch.stack(shares).mean())
 
 
 def cosine(start: float, end: float, progress: float) -> float:
-    """From `start` at progress 0 to `end` at 1 along half a cosine."""
+    """Value that goes from `start` at progress 0 to `end` at progress 1 along half a cosine."""
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def freeze_share(progress: float) -> float:
-    """Share of layers to freeze: from 0.5 at the first freeze to 0.2 at the end (RFQuant)."""
+    """Share of layers to freeze: 0.5 at the first freeze, 0.2 at the end of training (RFQuant)."""
     return cosine(0.5, 0.2, progress)
 
 
@@ -54,14 +55,15 @@ def freeze(
     share: float,
     activations: bool = True,
 ) -> dict[str, Candidates]:
-    """Candidates once the most turbulent `share` of layers has lost its smallest bit-width.
+    """Candidates without the smallest bit-width in the most turbulent `share` of layers.
 
-    Layers with a single weight candidate are not ranked. Every other layer has its full set (back).
-    `activations`: freeze the activation candidate too where a layer's two sets are the same
-    (RFQuant's ResNet18 configuration). Raises ValueError for a share outside 0..1.
+    All other layers get their `full` candidates, even if they were frozen before. Layers with one
+    weight candidate are not ranked. `activations`: where a layer's weight and activation candidates
+    are the same, freeze both (RFQuant's configuration of ResNet18). Raises ValueError for a share
+    outside 0 to 1.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share={share!r} of layers to freeze: allowed are 0 to 1")
+        raise ValueError(f"share={share!r} is not allowed: a share of layers, from 0 to 1")
     ranked = sorted(
         (name for name, c in full.items() if len(c.weight) > 1),
         key=lambda name: turbulences[name],
@@ -84,10 +86,10 @@ def is_freeze_epoch(
     late: float = 0.72,
     late_every: int = 15,
 ) -> bool:
-    """Whether candidates are chosen anew before `epoch` (from 0) of `epochs`.
+    """Whether candidates are chosen again before `epoch` of `epochs`, counted from 0.
 
-    From epoch `start` on every `every` epochs until the share `late` of training, then every
-    `late_every` (RFQuant's release: 6, 2, 72%, 15).
+    They are chosen every `every` epochs from epoch `start` on, and every `late_every` epochs after
+    the share `late` of training (RFQuant's release: 6, 2, 72%, 15).
     """
     if epoch < start:
         return False

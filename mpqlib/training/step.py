@@ -1,4 +1,4 @@
-"""One step of one-shot training: the largest bits, then random ones, into one gradient."""
+"""One step of one-shot training: the gradients of the largest bits and of random ones."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,19 +12,31 @@ from .distortion import captured, distortions, grid_loss, idm_loss, lowest_layer
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of labels (N) that the logits (N, classes) rank first, a scalar."""
+    """Share of images whose label (N) has the largest of the logits (N, classes), a scalar."""
     return (logits.argmax(1) == y).float().mean()
 
 
 def logits_in(dtype: torch.dtype, model: nn.Module, x: Tensor, *config: BitConfig) -> Tensor:
-    """The model's logits, in float32 at least; its convolutions and linears compute in `dtype`."""
+    """Runs the model with convolutions and linear layers in `dtype`; returns logits in float32.
+
+    Logits in float64 stay in float64.
+    """
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(x, *config)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def float_gradients(model, x: Tensor, y: Tensor, smoothing=0.0, dtype=torch.float32) -> dict:
-    """Adds up the gradients of a plain cross-entropy step; returns its loss and accuracy."""
+def float_gradients(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    smoothing: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Adds the gradients of the cross-entropy of a float model; returns loss and accuracy.
+
+    `x`: images (N, C, H, W); `y`: labels (N). `smoothing`: label smoothing.
+    """
     logits = logits_in(dtype, model, x)
     loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
     loss.backward()
@@ -43,12 +55,14 @@ def one_shot_gradients(
     smoothing: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """Adds up the gradients of one step over the largest bits and `configs`; returns the losses.
+    """Adds the gradients of one step at the largest bits and at `configs`; returns the losses.
 
-    x: images (N, C, H, W); y: labels (N). Largest bits: cross-entropy. Each configuration: half
-    cross-entropy, half KL divergence to the largest bits' outputs, and `idm_weight` times the IDM
-    loss of the layers at their smallest weight bits. `dtype`: of convolutions and linears. Source:
-    RFQuant (arXiv 2401.01543).
+    `x`: images (N, C, H, W); `y`: labels (N). The loss at the largest bits is the cross-entropy.
+    The loss at each configuration is half the cross-entropy, plus half the KL divergence from the
+    outputs at the largest bits, plus `idm_weight` times the IDM loss of the layers at their
+    smallest weight bits, plus `grid_weight` times the grid loss. `smoothing`: label smoothing.
+    `dtype`: of convolutions and linear layers. Losses and accuracies at `configs` are means over
+    them. Source: RFQuant (arXiv 2401.01543).
     """
     layers = supernet.layers
     lowest = [lowest_layers(config, candidates) if idm_weight else [] for config in configs]

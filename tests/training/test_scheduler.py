@@ -1,4 +1,4 @@
-"""Turbulence against a bin-by-bin count, and the rule that freezes and reactivates bit-widths."""
+"""Turbulence against a count bin by bin, and the rule that freezes bit-widths."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ BITS = range(2, 9)
 
 
 def naive_unstable_share(weights: list[float], s: float, bits: int) -> float:
-    """Goes over the bins of the grid; counts what lies within an eighth bin of a rounding bound."""
+    """Counts, bin by bin, the weights less than an eighth of a bin from a rounding bound."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     unstable = 0
     for k in range(low, high + 1):
@@ -47,12 +47,12 @@ def cases(draw, places):
 
 
 def sixty_fourths(low: int, high: int):
-    """Exact numbers, every bound of the definition among them."""
+    """Numbers that floats hold exactly, among them every bound of the definition."""
     return st.integers(64 * low, 64 * high).map(lambda n: n / 64)
 
 
 def off_the_bounds(low: int, high: int):
-    """Any numbers that rounding errors cannot carry over a bound of the definition."""
+    """Any numbers that are not so near a bound that a rounding error matters."""
     fraction = st.one_of(
         st.floats(-0.499, -0.376), st.floats(-0.374, 0.374), st.floats(0.376, 0.499)
     )
@@ -61,7 +61,7 @@ def off_the_bounds(low: int, high: int):
 
 @settings(deadline=None)
 @given(st.one_of(cases(sixty_fourths), cases(off_the_bounds)))
-def test_unstable_share_is_what_the_bins_hold(case):
+def test_unstable_share_equals_the_count_bin_by_bin(case):
     weight, s, bits = case
     before = weight.clone()
     share = unstable_share(weight, torch.tensor(s, dtype=weight.dtype), bits)
@@ -105,10 +105,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def large() -> tuple[Tensor, float]:
-    """More weights than are visited at a time, and the share of them that is unstable."""
+    """More weights than a block holds, and their unstable share."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(BLOCK + 4816, generator=generator, dtype=torch.float64)
-    weight[BLOCK:] = 0.45  # all unstable, so that what is beyond the first block is seen to count
+    weight[BLOCK:] = 0.45  # all unstable, to see that the second block counts
     return weight, naive_unstable_share(weight.tolist(), 1.0, 2)
 
 
@@ -155,7 +155,7 @@ def networks(draw):
 
 
 @given(networks(), st.floats(0, 1))
-def test_the_most_turbulent_lose_their_smallest_bits_and_no_one_else_does(network, share):
+def test_only_the_most_turbulent_layers_lose_their_smallest_bits(network, share):
     full, turbulences = network
     current = freeze(full, turbulences, share)
     assert list(current) == list(full)
@@ -169,7 +169,7 @@ def test_the_most_turbulent_lose_their_smallest_bits_and_no_one_else_does(networ
 
 
 @given(networks(), networks())
-def test_layers_that_calmed_down_have_their_full_set_back(network, other):
+def test_layers_that_are_frozen_no_more_get_their_full_set_back(network, other):
     full, turbulences = network
     before = dict(full)
     assert freeze(full, turbulences, 1.0) == {n: FROZEN.get(c, c) for n, c in full.items()}
@@ -189,7 +189,7 @@ def test_share_counts_layers_from_the_most_turbulent_one(share, frozen):
 
 def test_layers_with_one_weight_candidate_neither_change_nor_count():
     full = {"first": EDGE, "a": ORDINARY, "b": DEPTHWISE, "fixed": Candidates((4,), (2, 4))}
-    # Neither needs a turbulence, nor does one of theirs, however high, take another's place.
+    # They need no turbulence, and a high one of theirs takes no other layer's place.
     for turbulences in ({"a": 0.2, "b": 0.1}, {"first": 9.0, "a": 0.2, "b": 0.1, "fixed": 9.0}):
         assert freeze(full, turbulences, 0.5) == full | {"a": FROZEN[ORDINARY]}
 
@@ -204,17 +204,17 @@ def test_layers_with_one_weight_candidate_neither_change_nor_count():
         (Candidates((2, 4), (8,)), True, Candidates((4,), (8,))),
     ],
 )
-def test_activations_are_frozen_only_where_both_sets_are_one(full, activations, expected):
+def test_activations_are_frozen_only_where_both_sets_are_the_same(full, activations, expected):
     assert freeze({"a": full}, {"a": 0.1}, 1.0, activations) == {"a": expected}
 
 
 @pytest.mark.parametrize("share", [-0.01, 1.01, 50, math.nan])
-def test_a_share_is_from_nothing_to_all(share):
-    with pytest.raises(ValueError, match="share="):
+def test_a_share_outside_0_to_1_is_refused(share):
+    with pytest.raises(ValueError, match=r"share=.* is not allowed"):
         freeze({"a": ORDINARY}, {"a": 0.1}, share)
 
 
-def test_share_to_freeze_falls_along_a_cosine_from_a_half_to_a_fifth():
+def test_the_share_to_freeze_falls_along_a_cosine_from_a_half_to_a_fifth():
     shares = [freeze_share(i / 100) for i in range(101)]
     assert shares[0] == pytest.approx(0.5) and shares[100] == pytest.approx(0.2)
     assert shares[50] == pytest.approx(0.35)
@@ -232,5 +232,5 @@ def test_epochs_of_another_schedule():
     assert epochs == [2, 5, 8, 10, 14, 18]
 
 
-def test_a_training_that_ends_before_the_start_never_freezes():
+def test_training_that_ends_before_the_first_freeze_never_freezes():
     assert not any(is_freeze_epoch(epoch, 6) for epoch in range(6))
