@@ -148,7 +148,7 @@ def save_state(path: Path, state: Mapping) -> None:
     """
     tensors: list[Tensor] = []
     content = _without_tensors(dict(state), tensors, "state")
-    _write(path, "state", {str(i): tensor for i, tensor in enumerate(tensors)}, content)
+    _write(path, "a checkpoint", {str(i): tensor for i, tensor in enumerate(tensors)}, content)
 
 
 def load_state(path: Path) -> dict:
@@ -156,11 +156,11 @@ def load_state(path: Path) -> dict:
 
     Raises ValueError if the file is damaged or was not written by `save_state`.
     """
-    tensors, content = _read(path, "state", remedy := "remove it to start anew")
+    tensors, content = _read(path, "a checkpoint", remedy := "remove it to start anew")
     try:
         return dict(_with_tensors(content, tensors))
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{path} holds no state of mpqlib: {remedy}") from None
+        raise ValueError(f"{path} is not a checkpoint of mpqlib: {remedy}") from None
 
 
 def _without_tensors(value: object, tensors: list[Tensor], name: str) -> object:

@@ -169,15 +169,18 @@ def with_hash(content, header=None):
     "content",
     [
         '{"sha256": "HASH"}',
-        '{"sha256": "HASH", "kind": "state"}',
-        '{"sha256": "HASH", "kind": "state", "content": {"tensor": ["9", false]}}',
-        '{"sha256": "HASH", "kind": "state", "content": {"dict": 3}}',
-        '{"sha256": "HASH", "kind": "state", "content": {"dict": [[[], 1]]}}',
-        '{"sha256": "HASH", "kind": "state", "content": {"a": 1, "b": 2}}',
-        '{"sha256": "HASH", "kind": "state", "content": {"other": 1}}',
-        '{"sha256": "HASH", "kind": "state", "content": [1]}',
-        '{"sha256": "HASH", "kind": "state", "content": ' + "[" * 5000 + "]" * 5000 + "}",
-        '{"sha256": "HASH", "kind": "state", "content": ' + '{"tuple":' * 500 + "1" + "}" * 501,
+        '{"sha256": "HASH", "kind": "a checkpoint"}',
+        '{"sha256": "HASH", "kind": "a checkpoint", "content": {"tensor": ["9", false]}}',
+        '{"sha256": "HASH", "kind": "a checkpoint", "content": {"dict": 3}}',
+        '{"sha256": "HASH", "kind": "a checkpoint", "content": {"dict": [[[], 1]]}}',
+        '{"sha256": "HASH", "kind": "a checkpoint", "content": {"a": 1, "b": 2}}',
+        '{"sha256": "HASH", "kind": "a checkpoint", "content": {"other": 1}}',
+        '{"sha256": "HASH", "kind": "a checkpoint", "content": [1]}',
+        '{"sha256": "HASH", "kind": "a checkpoint", "content": ' + "[" * 5000 + "]" * 5000 + "}",
+        '{"sha256": "HASH", "kind": "a checkpoint", "content": '
+        + '{"tuple":' * 500
+        + "1"
+        + "}" * 501,
     ],
 )
 def test_states_that_are_made_up_are_refused(content, tmp_path):

@@ -16,14 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
-from ..files import (
-    check_settings,
-    load_state,
-    plain,
-    remove_leftovers,
-    save_state,
-    set_tensors,
-)
+from ..files import check_settings, load_state, plain, remove_leftovers, save_state, set_tensors
 from ..network.bits import Candidates, sample
 from ..network.supernet import Supernet
 from .evaluation import select_device, select_dtype
@@ -174,7 +167,7 @@ class Run:
     average: AveragedModel  # of the parameters
     optimizers: list[torch.optim.Optimizer]
     schedules: list[LRScheduler]  # learning rates, one for each optimizer
-    generator: torch.Generator  # source of all randomness, the same in every process
+    generator: torch.Generator  # of order, seeds and configurations, the same in every process
     candidates: dict[str, Candidates]
     history: list[dict]  # one row for each finished epoch
     step: int = 0  # steps taken, over all epochs
