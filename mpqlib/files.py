@@ -290,5 +290,5 @@ def _read(path: Path, kind: str, remedy: str) -> tuple[dict[str, Tensor], object
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not a file of mpqlib that holds {kind}: {remedy}") from None
     if found_kind != kind:
-        raise ValueError(f"{path} holds {found_kind}, not {kind}: {remedy}")
+        raise ValueError(f"{path} holds {found_kind}, not {kind}: name another file")
     return tensors, content

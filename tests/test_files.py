@@ -75,7 +75,7 @@ def refuse(read, path):
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         read(path)
     message = str(caught.value)
-    assert re.search("remove it to|get it again|remove the file", message)
+    assert re.search("remove it to|get it again|name another file", message)
     assert "weights_only" not in message and "pickle" not in message.lower()
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
