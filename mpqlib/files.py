@@ -100,11 +100,16 @@ def save_json(path: Path, value: object) -> None:
 
 def check_settings(path: Path, saved: Mapping, now: Mapping) -> None:
     """Raises ValueError, naming the differences, if the settings of `path` are not those of now."""
+
+    def texts(settings: Mapping) -> dict[str, str]:
+        """The settings as JSON, in which NaN is equal to itself."""
+        return {key: json.dumps(value, sort_keys=True) for key, value in settings.items()}
+
+    there, here = texts(saved), texts(now)
     different = [
         f"{key}: {saved.get(key, 'not set')!r} there, {now.get(key, 'not set')!r} now"
-        for key in sorted(saved.keys() | now.keys())
-        # As text, because NaN is equal to itself there.
-        if key not in saved or key not in now or json.dumps(saved[key]) != json.dumps(now[key])
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
     ]
     if different:
         raise ValueError(
@@ -128,7 +133,7 @@ def remembered(path: Path, about: Mapping, compute: Callable[[], object]) -> obj
     remedy = "remove it to compute the result again"
     try:
         kept = json.loads(path.read_text("utf-8"))
-        saved, value, digest = kept["about"], kept["value"], kept["sha256"]
+        saved, value, digest = dict(kept["about"]), kept["value"], kept["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged, or is not a stored result: {remedy}") from None
     if digest != _json_hash(saved, value):

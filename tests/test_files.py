@@ -351,6 +351,12 @@ def test_a_result_of_other_settings_is_refused(about, named, tmp_path):
         remembered(file, about, forget)
 
 
+def test_the_order_of_settings_does_not_matter(tmp_path):
+    file = tmp_path / "seed0.json"
+    remembered(file, {"a": 1, "b": {"c": 2, "d": None}}, lambda: 1)
+    assert remembered(file, {"b": {"d": None, "c": 2}, "a": 1}, forget) == 1
+
+
 def broken(part):
     part.write_text("half")
     raise OSError("disk full")
