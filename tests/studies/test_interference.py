@@ -170,7 +170,7 @@ def test_a_collection_reads_stored_seeds_and_computes_the_rest(metrics, tmp_path
     monkeypatch.setattr(interference, "compare_arms", lambda *a: asked.append(a[1]) or study(*a))
     pd.testing.assert_frame_equal(interference.collect(cases, range(6), tmp_path), metrics)
     assert asked == [5, 5]  # once a setting
-    with pytest.raises(ValueError, match=r"seed0\.json holds a result of"):
+    with pytest.raises(ValueError, match=r"seed0\.json holds the result of other settings"):
         interference.collect({"base": (FEW, [(4, 2)])}, [0], tmp_path)
 
 
