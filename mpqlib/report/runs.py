@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -53,7 +54,7 @@ def measure(
 
 
 def processor() -> str:
-    """The name of the accelerator, or else of the CPU."""
+    """Name of the GPU, or of the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -62,12 +63,16 @@ def processor() -> str:
     return f"{len(named)} x {named[0]}" if named else platform.processor()
 
 
+def _text(file: Path) -> str:
+    return file.read_text("utf-8", errors="replace")  # another project's file may hold anything
+
+
 def checkout(path: Path) -> Path | None:
     """The checkout of mpqlib's repository that `path` lies in, or None."""
     path = Path(path).resolve()
     for folder in (path, *path.parents):
         file = folder / "pyproject.toml"
-        if file.is_file() and re.search(r'^name = "mpqlib"$', file.read_text("utf-8"), re.M):
+        if file.is_file() and re.search(r'^name = "mpqlib"$', _text(file), re.M):
             return folder
     return None
 
@@ -100,10 +105,29 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+class Stopwatch:
+    """Wall time of a study that may be interrupted and resumed, kept in `file`.
+
+    Call `seconds` after each stage. If a process is killed, only its time since the last call is
+    lost.
+    """
+
+    def __init__(self, file: str | Path):
+        self.file, self.start = Path(file), time.perf_counter()
+        exists = self.file.exists()
+        self.earlier = json.loads(self.file.read_text())["seconds"] if exists else 0.0
+
+    def seconds(self) -> float:
+        """Seconds so far, in this process and in all earlier ones; writes them into the file."""
+        total = self.earlier + time.perf_counter() - self.start
+        save_json(self.file, {"seconds": total})
+        return total
+
+
 def provenance(seeds: Sequence[int], seconds: float) -> dict:
     """Commit of mpqlib (None outside its repository), package versions, processor, seeds and date.
 
-    `seconds`: wall time of the whole study.
+    `seconds`: wall time of the whole study, such as from Stopwatch.
     """
     versions = {package: installed_version(package) for package in PACKAGES}
     return {
@@ -128,16 +152,14 @@ def save_run(
     """Writes parameters.yaml, metrics.csv, provenance.json, figures and documents into `folder`.
 
     `source`: from `provenance`. `figures` become PNG files, `documents` JSON files. Each file is
-    written atomically. provenance.json lists them, and the next run in this folder removes those
-    that it does not write itself.
+    written atomically. Figures of an earlier run in this folder that this run does not draw are
+    removed; provenance.json lists the figures of a run.
     """
     folder = Path(folder)
     text = yaml.safe_dump(dict(parameters), sort_keys=False)
-    names = ["parameters.yaml", "metrics.csv", *(f"{name}.json" for name in documents)]
-    names += [f"{name}.png" for name in figures]
-    for name in set(_files_of_earlier_run(folder)) - set(names):
-        (folder / name).unlink(missing_ok=True)
-    save_json(folder / "provenance.json", {**source, "files": names})
+    for name in _earlier_figures(folder) - set(figures):
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    documents = {"provenance": {**source, "figures": list(figures)}, **documents}
     save_atomically(folder / "parameters.yaml", lambda part: part.write_text(text))
     save_atomically(folder / "metrics.csv", lambda part: metrics.to_csv(part, index=False))
     for name, document in documents.items():
@@ -146,8 +168,8 @@ def save_run(
         save_atomically(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
 
 
-def _files_of_earlier_run(folder: Path) -> list[str]:
-    """Names of the files that an earlier `save_run` wrote into `folder`."""
+def _earlier_figures(folder: Path) -> set[str]:
+    """Names of the figures that an earlier `save_run` wrote into `folder`."""
     file = folder / "provenance.json"
-    listed = json.loads(file.read_text()).get("files", []) if file.exists() else []
-    return [name for name in listed if Path(name).name == name]
+    listed = json.loads(file.read_text()).get("figures", []) if file.exists() else []
+    return {name for name in listed if Path(name).name == name}  # no path to another folder

@@ -71,3 +71,40 @@ def test_measure_refuses_an_unfit_number_of_images(supernet):
     splits = data.Splits(part, part, part, part, ("a", "b", "c"))
     with pytest.raises(ValueError, match="images=0 is not allowed"):
         runs.measure(supernet, supernet.uniform(3), splits, images=0)
+
+
+def test_figures_of_an_earlier_run_do_not_remain(metrics, tmp_path):
+    def save(*names):
+        drawn = {name: plt.figure() for name in names}
+        source = runs.provenance([0], 1.0)
+        runs.save_run(tmp_path, parameters={}, metrics=metrics, source=source, figures=drawn)
+        plt.close("all")
+
+    (tmp_path / "mine.png").write_bytes(b"not of a run")
+    save("a", "b")
+    save("b", "c")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"b.png", "c.png", "mine.png"}
+
+
+def test_a_figure_outside_the_folder_is_never_removed(metrics, tmp_path):
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(b"")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "provenance.json").write_text(json.dumps({"figures": ["../outside"]}))
+    runs.save_run(folder, parameters={}, metrics=metrics, source={}, figures={})
+    assert outside.exists()
+
+
+def test_a_stopwatch_adds_the_time_of_earlier_processes(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    first = runs.Stopwatch(tmp_path / "seconds.json")
+    now[0] += 5
+    assert first.seconds() == 5
+    now[0] += 2
+    assert first.seconds() == 7
+    now[0] += 90  # lost: killed before the next stage ended
+    second = runs.Stopwatch(tmp_path / "seconds.json")
+    now[0] += 3
+    assert second.seconds() == 10
