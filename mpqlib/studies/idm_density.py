@@ -22,6 +22,7 @@ from ..data import Splits, loader
 from ..models import create
 from ..network.layers import QuantLinear
 from ..network.supernet import Supernet
+from ..report.intervals import t_bounds
 from ..report.plots import ARM_COLOURS, COLOURS
 from ..training.distortion import reading
 from ..training.evaluation import batch_statistics, evaluate, norms_at, recalibrate
@@ -225,9 +226,7 @@ def distances_by_layer(metrics: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     labels = {"js": "Jensen-Shannon distance (0 to 1)", "wasserstein": "Wasserstein distance (std)"}
     arms = metrics["arm"].nunique()
-    style = dict(
-        hue="arm", palette=ARM_COLOURS[:arms], errorbar=("ci", 95), seed=0, linestyle="none"
-    )
+    style = dict(hue="arm", palette=ARM_COLOURS[:arms], errorbar=t_bounds, linestyle="none")
     style |= dict(dodge=0.5 * (arms > 1), markersize=4, linewidth=1.5)
     for axis, (value, label) in zip(axes, labels.items(), strict=True):
         sns.pointplot(metrics, x=value, y="layer", **style, ax=axis, legend=axis is axes[0])

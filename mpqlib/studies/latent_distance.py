@@ -17,6 +17,7 @@ from ..models import create
 from ..network.layers import QuantLinear
 from ..network.quantizer import integer_range
 from ..network.supernet import Supernet
+from ..report.intervals import t_bounds
 from ..report.plots import COLOURS
 from ..training.evaluation import evaluate
 from ..training.loop import Run, TrainConfig, train
@@ -133,8 +134,8 @@ def over_steps(series: pd.DataFrame, value: str, label: str) -> Figure:
     Colours are bit-widths, line styles are arms; bands are 95% intervals over seeds. `series`: the
     rows with the columns `arm` and `seed`.
     """
-    style = dict(x="step", y=value, hue="bits", palette=COLOURS, style="arm", errorbar=("ci", 95))
+    style = dict(x="step", y=value, hue="bits", palette=COLOURS, style="arm", errorbar=t_bounds)
     panels = dict(col="layer", kind="line", height=3.4, aspect=1.25)
-    grid = sns.relplot(series, seed=0, **style, **panels)
+    grid = sns.relplot(series, **style, **panels)
     grid.set(xlabel="training step", ylabel=label, ylim=(0, None)).set_titles("{col_name}")
     return grid.figure
