@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # modules before it.
 GROUND = ["files", "data", "models"]  # import no module of mpqlib
 WINGS = {
-    "network": ["quantizer", "bits", "layers", "tracing", "supernet", "cost"],
+    "network": ["quantizer", "bits", "layers", "tracing", "observation", "supernet", "cost"],
     "training": ["scheduler", "distortion", "step", "optimization", "evaluation", "loop"],
     "search": ["error", "moves", "greedy", "baselines"],
     "report": ["intervals", "tables", "runs", "policy", "paper", "claims", "plots"],

@@ -1,12 +1,15 @@
-"""Bit-widths: of one layer, its candidates, and of a whole network."""
+"""Bit-widths of one layer, its candidates, and the bit-widths of a whole network."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
+
+SMALLEST, LARGEST = 2, 16  # bit-widths that a quantizer supports
 
 
 class Bits(NamedTuple):
@@ -23,9 +26,34 @@ class Candidates(NamedTuple):
     act: tuple[int, ...]
 
 
+def check_bits(name: str, bits: Iterable[int]) -> tuple[int, ...]:
+    """Checks candidate bit-widths; returns them ascending and without repeats.
+
+    `name`: the parameter that error messages name. Raises ValueError unless `bits` holds one or
+    more whole numbers from 2 to 16.
+    """
+    if isinstance(bits, str):
+        raise ValueError(
+            f"{name}={bits!r} is a string: pass whole numbers, such as {name}=(2, 4). With "
+            f'papermill use `-y "{name}: [2, 4]"` or a YAML file (`-f`): `-p` passes strings'
+        )
+
+    def is_width(b: object) -> bool:
+        whole = isinstance(b, Integral) and not isinstance(b, bool)
+        return whole and SMALLEST <= b <= LARGEST
+
+    widths = list(bits) if isinstance(bits, Iterable) else []
+    if not widths or not all(map(is_width, widths)):
+        raise ValueError(
+            f"{name}={bits!r} is not allowed: one or more whole numbers from {SMALLEST} to "
+            f"{LARGEST}, such as (2, 4)"
+        )
+    return tuple(sorted({int(b) for b in widths}))
+
+
 @dataclass(frozen=True)
 class BitConfig(Mapping):
-    """One bit-width per layer for weights and activations: immutable, hashable, a mapping.
+    """The bit-widths of every layer: an immutable, hashable mapping of layer name to Bits.
 
     `layers`: pairs of layer name and Bits, in the network's order.
     """
@@ -34,13 +62,20 @@ class BitConfig(Mapping):
 
     @classmethod
     def of(cls, bits: Mapping[str, tuple[int, int]]) -> "BitConfig":
-        """From a mapping of layer name to (weight bits, activation bits)."""
+        """Builds it from a mapping of layer name to (weight bits, activation bits)."""
         return cls(tuple((name, Bits(*pair)) for name, pair in bits.items()))
 
     @classmethod
     def from_json(cls, text: str) -> "BitConfig":
-        """From what `to_json` wrote; raises ValueError where it is not name -> [int, int]."""
-        if not isinstance(bits := json.loads(text), dict):
+        """Reads the text that `to_json` returns, or the text of a policy.json.
+
+        In a policy.json the bits stand under "layers". Raises ValueError unless every layer has
+        two whole numbers.
+        """
+        bits = json.loads(text)
+        if isinstance(bits, dict) and isinstance(bits.get("layers"), dict):
+            bits = bits["layers"]
+        if not isinstance(bits, dict):
             raise ValueError(f"a configuration is name -> [int, int], not {bits!r}")
         for name, pair in bits.items():
             if not (isinstance(pair, list) and [type(b) for b in pair] == [int, int]):
@@ -48,11 +83,14 @@ class BitConfig(Mapping):
         return cls.of(bits)
 
     def to_json(self) -> str:
-        """As JSON: layer name -> [weight bits, activation bits]."""
+        """Returns it as JSON: layer name -> [weight bits, activation bits]."""
         return json.dumps(dict(self.layers))
 
     def replace(self, layer: str, bits: Bits) -> "BitConfig":
-        """A copy in which `layer`, one of this configuration's, has other bits."""
+        """Returns a copy in which `layer` has other bits.
+
+        Raises ValueError if this configuration has no such layer.
+        """
         if layer not in self:
             raise ValueError(f"layer={layer!r} is not in this configuration: one of {list(self)}")
         return BitConfig(tuple((n, bits if n == layer else b) for n, b in self.layers))
@@ -82,9 +120,9 @@ def smallest(candidates: Mapping[str, Candidates]) -> BitConfig:
 
 
 def sample(candidates: Mapping[str, Candidates], generator: torch.Generator) -> BitConfig:
-    """Bits drawn per layer uniformly from its candidates (RFQuant, one-shot training)."""
+    """Draws the bits of every layer uniformly from its candidates (RFQuant, arXiv 2401.01543)."""
 
-    def draw(offered: tuple[int, ...]) -> int:
-        return offered[int(torch.randint(len(offered), (), generator=generator))]
+    def draw(choices: tuple[int, ...]) -> int:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
 
     return BitConfig.of({name: (draw(c.weight), draw(c.act)) for name, c in candidates.items()})

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from .bits import Bits
 from .supernet import LayerInfo
 
-# Written into every policy: a policy's figures hold only under the cost model that gave them.
+# Stored in every policy, because a policy's figures depend on the cost model.
 COST_MODEL = "1: BitOPs = MACs x weight bits x activation bits; size = weights x weight bits"
 
 
@@ -15,25 +15,34 @@ def layer_bitops(info: LayerInfo, bits: Bits) -> int:
 
 
 def bitops(table: Sequence[LayerInfo], config: Mapping[str, Bits]) -> int:
-    """BitOPs per image of a whole configuration; divide by 1e9 for the paper's G."""
+    """BitOPs per image of a configuration; divide by 1e9 for the paper's G.
+
+    Counts the layers of the table alone, not a supernet's `float_parts`.
+    """
     return sum(layer_bitops(info, config[info.name]) for info in table)
 
 
 def bitops_at(table: Sequence[LayerInfo], bits: float) -> float:
-    """BitOPs per image were every layer with a choice at `bits`, a real number: a budget's level.
+    """BitOPs per image if every searchable layer used `bits`, a real number.
 
-    2.5 lies between the uniform 2-bit and 3-bit configurations as 2.5 x 2.5 does between 4 and 9.
+    A budget can so lie between two uniform configurations: 2.5 costs 2.5 x 2.5 per MAC, between 4
+    at 2 bits and 9 at 3 bits.
     """
 
-    def level(offered: tuple[int, ...]) -> float:
-        return bits if len(offered) > 1 else offered[0]
+    def level(choices: tuple[int, ...]) -> float:
+        return bits if len(choices) > 1 else choices[0]
 
     return bitops(table, {i.name: Bits(*map(level, i.candidates)) for i in table})
 
 
 def model_size(table: Sequence[LayerInfo], config: Mapping[str, Bits]) -> float:
-    """Size in bytes of the weights of convolutions and linear layers."""
-    return sum(info.weights * config[info.name].weight for info in table) / 8
+    """Size in bytes of the weights of the table's layers.
+
+    Layers that share their weights count once for each weight bit-width that they use. A supernet's
+    `float_parts`, biases and batch norms are not counted.
+    """
+    stored = {(i.tied_to or i.name, config[i.name].weight): i.weights for i in table}
+    return sum(weights * bits for (_, bits), weights in stored.items()) / 8
 
 
 def check_budget(budget: float, lowest: float, highest: float) -> str | None:

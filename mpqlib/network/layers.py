@@ -1,4 +1,4 @@
-"""Layers that can run at any candidate bit-width, or in float."""
+"""Layers that run at any candidate bit-width, or in float."""
 
 import copy
 
@@ -12,9 +12,10 @@ from .quantizer import Quantizer
 class QuantLinear(nn.Module):
     """A linear layer with a weight and an activation quantizer; `bits = None` runs it in float.
 
-    `op`: the float layer, kept as it is; `example`: an input it saw, from which the activation
-    steps start; `float_input`: leave the input unquantized (the first layer reads the image).
-    The float layer's own forward does the arithmetic, so a subclass keeps its behaviour.
+    `op`: the float layer, unchanged. `example`: values that it reads; they set the initial steps
+    and the sign of the activations. `float_input`: do not quantize the input (first layers read the
+    image). The arithmetic is the float layer's own forward, so subclasses keep their behaviour.
+    Attributes of the float layer, such as `weight` or `in_features`, can be read here, too.
     """
 
     def __init__(
@@ -26,21 +27,30 @@ class QuantLinear(nn.Module):
         self.act_quantizer = None if float_input else Quantizer(candidates.act, example)
         self.bits: Bits | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear and nn.Conv2d
         if self.bits is None:
-            return self.op(x)
+            return self.op(input)
         weight = self.weight_quantizer(self.op.weight, self.bits.weight)
         if self.act_quantizer is not None:
-            x = self.act_quantizer(x, self.bits.act)
-        return functional_call(self.op, {"weight": weight}, (x,))
+            input = self.act_quantizer(input, self.bits.act)
+        return functional_call(self.op, {"weight": weight}, (input,))
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A copy under construction has no `op` yet.
+            if name == "op" or name.startswith("_"):
+                raise
+            return getattr(self.op, name)
 
 
 class QuantConvBN(QuantLinear):
-    """A convolution, both its quantizers and its bank of batch norms.
+    """A convolution, its two quantizers and its bank of batch norms.
 
-    `norm`: the batch norm that follows in the float model (an identity if there is none), used in
-    float mode. The bank holds a copy of it per (weight bits, activation bits) pair, because every
-    pair has statistics of its own (RFQuant, arXiv 2401.01543); `pair_norms=False` shares one.
+    `norm`: the batch norm that follows in the float model, or None. Float mode uses it. The bank
+    holds a copy of it per (weight bits, activation bits) pair, because every pair has statistics of
+    its own (RFQuant, arXiv 2401.01543); with `pair_norms=False` all pairs share one copy.
     """
 
     def __init__(
@@ -60,12 +70,12 @@ class QuantConvBN(QuantLinear):
         self.bank = nn.ModuleDict({key: copy.deepcopy(norm) for key in sorted(keys)})
 
     def norm_key(self, bits: Bits) -> str:
-        """Name of the batch norm that serves `bits` in the bank."""
+        """Name in the bank of the batch norm for `bits`."""
         return f"w{bits.weight}a{bits.act}" if self.pair_norms else "shared"
 
     def norm_at(self, bits: Bits | None) -> nn.Module:
-        """The norm that serves `bits`, or float mode where `bits` is None."""
+        """The batch norm for `bits`, or for float mode if `bits` is None."""
         return self.norm if bits is None or not self.bank else self.bank[self.norm_key(bits)]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm_at(self.bits)(super().forward(x))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.norm_at(self.bits)(super().forward(input))

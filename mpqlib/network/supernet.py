@@ -1,13 +1,17 @@
 """Any CNN of convolutions, linears and batch norms as a weight-sharing supernet."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
-from .bits import BitConfig, Candidates
+from .bits import BitConfig, Candidates, check_bits, smallest
 from .layers import QuantConvBN, QuantLinear
-from .tracing import _observe, _trace
+from .observation import Observation, check_quantized, observe
+from .quantizer import Quantizer
+from .tracing import LAYERS, Structure, trace
 
 
 @dataclass(frozen=True)
@@ -15,22 +19,91 @@ class LayerInfo:
     """One row of the layer table: what the cost model and the plots need to know of a layer."""
 
     name: str
-    macs: int  # multiply-accumulates per image
-    weights: int  # how many
+    macs: int  # multiply-accumulates per image, over all calls
+    weights: int  # number of weights
     depthwise: bool
     candidates: Candidates
+    tied_to: str | None = None  # an earlier layer with the same weights and weight quantizer
+
+
+@dataclass(frozen=True)
+class FloatPart:
+    """A part of the network that always computes in float: not in the layer table."""
+
+    name: str  # module and operations, such as "encoder.attn (addmm, bmm)"
+    macs: int  # multiply-accumulates per image
+    share: float  # of all MACs of the network
+
+
+def _check_float_model(model: nn.Module) -> None:
+    """Raises ValueError, with the layer's name, if `model` is not a plain float network.
+
+    A reparametrised weight is computed anew in each pass, so a quantized one would be overwritten.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (QuantLinear, Quantizer)):
+            raise ValueError(f"the model already holds quantized layers ({name!r}): build it anew")
+        if not isinstance(module, LAYERS) or isinstance(
+            module._parameters.get("weight"), nn.Parameter
+        ):
+            continue
+        if parametrize.is_parametrized(module, "weight"):
+            remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        elif prune.is_pruned(module):
+            remedy = "torch.nn.utils.prune.remove(layer, 'weight')"
+        elif hasattr(module, "weight_g"):
+            remedy = "torch.nn.utils.remove_weight_norm(layer)"
+        elif hasattr(module, "weight_u"):
+            remedy = "torch.nn.utils.remove_spectral_norm(layer)"
+        else:
+            remedy = "layer.weight = torch.nn.Parameter(...)"
+        raise ValueError(
+            f"the weight of layer {name!r} is not a plain parameter but computed in each pass, "
+            f"which would overwrite the quantized weight. Call first: {remedy}"
+        )
+
+
+def _is_depthwise(op: nn.Module) -> bool:
+    """Whether each filter reads a single one of several input channels (nn.Conv2d's definition)."""
+    return isinstance(op, nn.Conv2d) and op.groups == op.in_channels > 1
+
+
+class _Replacement:
+    """Replaces modules within `model` under all their names, and can undo it."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.replaced = model, []
+        self.names: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(module, []).append(name)
+
+    def replace(self, old: nn.Module, new: nn.Module) -> None:
+        for name in self.names[old]:
+            self.model.set_submodule(name, new)
+            self.replaced.append((name, old))
+
+    def undo(self) -> None:
+        for name, old in self.replaced:
+            self.model.set_submodule(name, old)
 
 
 class Supernet(nn.Module):
     """A float CNN turned into one network that runs at every bit-width with shared weights.
 
     `model`: any CNN of Conv2d, Linear and batch norms that torch.fx can trace; it is changed in
-    place. `example`: a calibration batch (N, C, H, W) that sets the steps, the activations' signs
-    and the layer table. `bits`: candidates of ordinary layers; depth-wise convolutions drop those
-    below `depthwise_min`. `edge_bits`: width of the first layers (their input stays float) and of
-    the last ones, or None to treat them as ordinary. `overrides`: candidates of layers by name.
-    `pair_norms`: a batch norm per bit-width pair, or one for all. Raises ValueError for an
-    untraceable model, an unknown layer name, no or unfit bits. Source: RFQuant (arXiv 2401.01543).
+    place. `example`: calibration images (N, C, H, W). They set the initial steps, the activations'
+    signs and the layer table. `bits`: candidates of ordinary layers; depth-wise convolutions drop
+    those below `depthwise_min`. `edge_bits`: width of the first layers (their input stays float)
+    and of the last ones, or None to treat them as ordinary layers. `overrides`: candidates of
+    layers by name. `pair_norms`: a batch norm per bit-width pair, or one for all.
+
+    Attributes: `table` describes the quantized layers, `float_parts` everything else that computes:
+    other kinds of layers, and functions that the model calls itself, such as attention. Float parts
+    count neither in BitOPs nor in model size; a UserWarning names them and their share of the MACs.
+
+    Raises ValueError, and leaves the model unchanged, for bits that are not allowed, an unknown
+    layer name in `overrides`, and a model that torch.fx cannot trace, that already holds quantized
+    layers, or in which a layer cannot be quantized or counted. Source: RFQuant (arXiv 2401.01543).
     """
 
     def __init__(
@@ -45,32 +118,69 @@ class Supernet(nn.Module):
         pair_norms: bool = True,
     ):
         super().__init__()
-        bits, overrides = tuple(sorted(set(bits))), dict(overrides or {})
-        structure = _trace(model)
-        edged = edge_bits is not None
-        self.first, self.last = sorted(structure.first) * edged, sorted(structure.last) * edged
+        bits = check_bits("bits", bits)
+        edge = None if edge_bits is None else check_bits("edge_bits", (edge_bits,))
+        overrides = {
+            name: Candidates(*(check_bits(f"overrides[{name!r}]", b) for b in pair))
+            for name, pair in (overrides or {}).items()
+        }
+        _check_float_model(model)
+        structure = trace(model)
         if unknown := set(overrides) - set(structure.norms):
             raise ValueError(f"overrides name no layer: {sorted(unknown)}; {list(structure.norms)}")
-        self.model, self.table = model, []
+        self.first = sorted(structure.first) if edge else []
+        self.last = sorted(structure.last) if edge else []
         self.input_shape = tuple(example.shape[1:])  # (C, H, W)
-        seen = _observe(model, example, structure.norms)
-        for name, norm in structure.norms.items():
-            op, (x, positions) = model.get_submodule(name), seen[name]
-            depthwise = getattr(op, "groups", 1) == op.weight.shape[0] > 1
-            own = tuple(b for b in bits if b >= depthwise_min or not depthwise) or bits[-1:]
-            own = (edge_bits,) if name in self.first + self.last else own
-            candidates = Candidates(*(tuple(sorted(b)) for b in overrides.get(name, (own, own))))
-            if isinstance(op, nn.Linear):
-                layer = QuantLinear(op, x, candidates, name in self.first)
-            else:
-                norm_module = model.get_submodule(norm) if norm else None
-                layer = QuantConvBN(op, x, candidates, name in self.first, norm_module, pair_norms)
-            model.set_submodule(name, layer)
-            if norm:
-                model.set_submodule(norm, nn.Identity())
-            count = op.weight.numel()
-            self.table.append(LayerInfo(name, positions * count, count, depthwise, candidates))
+
+        def candidates(name: str) -> Candidates:
+            own = bits
+            if _is_depthwise(model.get_submodule(name)):
+                own = tuple(b for b in bits if b >= depthwise_min) or bits[-1:]
+            if name in self.first + self.last:
+                own = edge
+            return overrides.get(name, Candidates(own, own))
+
+        seen, rest = observe(model, example, structure.norms)
+        self.table = _layer_table(model, {n: candidates(n) for n in seen}, seen, len(example))
+        self.float_parts = _float_parts(rest, self.table, len(example))
+        # Nothing has changed the model so far.
+        self.model = model
+        replacement = _Replacement(model)
+        try:
+            self._replace_layers(replacement, structure, seen, pair_norms)
+            self.set_bits(smallest(self.candidates))
+            check_quantized(model, example, self.layers, seen)
+        except BaseException:
+            replacement.undo()
+            raise
+        self.set_bits(None)
         self.train(model.training)
+        if self.float_parts:
+            _warn_about(self.float_parts)
+
+    def _replace_layers(
+        self,
+        replacement: _Replacement,
+        structure: Structure,
+        seen: Mapping[str, Observation],
+        pair_norms: bool,
+    ) -> None:
+        """Puts quantized layers in the place of the model's layers and their batch norms."""
+        made: dict[str, QuantLinear] = {}
+        for info in self.table:
+            op, norm = self.model.get_submodule(info.name), structure.norms[info.name]
+            common = (op, seen[info.name].values, info.candidates, info.name in self.first)
+            if isinstance(op, nn.Linear):
+                layer = QuantLinear(*common)
+            else:
+                norm_module = self.model.get_submodule(norm) if norm else None
+                layer = QuantConvBN(*common, norm_module, pair_norms)
+            if info.tied_to:
+                layer.weight_quantizer = made[info.tied_to].weight_quantizer
+            made[info.name] = layer
+            replacement.replace(op, layer)
+            if norm:
+                replacement.replace(norm_module, nn.Identity())
 
     @property
     def layers(self) -> dict[str, QuantLinear]:
@@ -88,17 +198,17 @@ class Supernet(nn.Module):
         return [info.name for info in self.table if len(info.candidates.weight) > 1]
 
     def uniform(self, bits: int) -> BitConfig:
-        """Every layer at `bits`, or at its nearest candidate where it lacks them."""
+        """Every layer at `bits`, or at its nearest candidate if it lacks them."""
 
-        def nearest(offered: tuple[int, ...]) -> int:
-            return min(offered, key=lambda b: (abs(b - bits), b))
+        def nearest(choices: tuple[int, ...]) -> int:
+            return min(choices, key=lambda b: (abs(b - bits), b))
 
         return BitConfig.of(
             {n: (nearest(c.weight), nearest(c.act)) for n, c in self.candidates.items()}
         )
 
     def check(self, config: BitConfig) -> None:
-        """Raises ValueError where `config` misses a layer, names an unknown one or unfit bits."""
+        """Raises ValueError if `config` misses a layer, names an unknown one or has unfit bits."""
         candidates = self.candidates
         if wrong := set(config) ^ set(candidates):
             raise ValueError(f"layers unknown to this supernet, or missing: {sorted(wrong)}")
@@ -107,13 +217,54 @@ class Supernet(nn.Module):
                 raise ValueError(f"bits {weight}/{act} of {name!r}: allowed {candidates[name]}")
 
     def set_bits(self, config: BitConfig | None) -> None:
-        """Puts every layer at its bits in `config`, or in float without one."""
+        """Sets every layer to its bits in `config`, or to float if it is None."""
         if config is not None:
             self.check(config)
         for name, layer in self.layers.items():
             layer.bits = config and config[name]
 
     def forward(self, x: Tensor, config: BitConfig | None = None) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W) at `config`, or in float without one."""
+        """Logits (N, classes) of images (N, C, H, W) at `config`, or in float if it is None."""
         self.set_bits(config)
         return self.model(x)
+
+
+def _per_image(macs: int, images: int) -> int:
+    return -(-macs // images)  # rounded up: a layer that does not read the images runs once a batch
+
+
+def _layer_table(
+    model: nn.Module,
+    candidates: Mapping[str, Candidates],
+    seen: Mapping[str, Observation],
+    images: int,
+) -> list[LayerInfo]:
+    """The layer table of `model`; layers that share a Parameter and its candidates are tied."""
+    table, owners = [], {}
+    for name, own in candidates.items():
+        op = model.get_submodule(name)
+        owner = owners.setdefault((id(op.weight), own.weight), name)
+        tied_to = None if owner == name else owner
+        macs, weights = _per_image(seen[name].macs, images), op.weight.numel()
+        table.append(LayerInfo(name, macs, weights, _is_depthwise(op), own, tied_to))
+    return table
+
+
+def _float_parts(
+    rest: Mapping[str, int], table: Iterable[LayerInfo], images: int
+) -> list[FloatPart]:
+    """Float parts from their MACs over all images, the largest first."""
+    macs = {name: _per_image(count, images) for name, count in rest.items()}
+    total = sum(macs.values()) + sum(info.macs for info in table)
+    parts = [FloatPart(name, count, count / total) for name, count in macs.items()]
+    return sorted(parts, key=lambda part: -part.macs)
+
+
+def _warn_about(parts: list[FloatPart], named: int = 5) -> None:
+    listed = ", ".join(f"{part.name} {part.share:.1%}" for part in parts[:named])
+    more = f" and {len(parts) - named} more (see float_parts)" if len(parts) > named else ""
+    warnings.warn(
+        f"{sum(part.share for part in parts):.1%} of the MACs stay in float and count neither in "
+        f"BitOPs nor in model size: {listed}{more}",
+        stacklevel=3,
+    )

@@ -1,79 +1,95 @@
-"""The structure of a float network, found by torch.fx and by one pass."""
+"""The structure of a float network: its layers, their batch norms and its edges, by torch.fx."""
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .layers import QuantLinear
 
+LAYERS = (nn.Conv2d, nn.Linear)  # what can be quantized
+
 
 class Tracer(fx.Tracer):
-    """Keeps whole all layers that are or can be quantized or paired, subclasses (timm's) too."""
+    """Does not trace into layers that are or can be quantized, nor into batch norms.
+
+    Subclasses of them, such as timm's, are not traced into either.
+    """
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        kept = isinstance(module, (QuantLinear, nn.Conv2d, nn.Linear, _BatchNorm))
+        kept = isinstance(module, (QuantLinear, *LAYERS, _BatchNorm))
         return kept or super().is_leaf_module(module, name)
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        # The images are the only input. Optional arguments keep their defaults, as in model(x).
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
 
 @dataclass
-class _Structure:
-    """What tracing finds: layers in order, the norm that follows each, and the network's edges."""
+class Structure:
+    """What tracing finds of a network, by layer name."""
 
-    norms: dict[str, str | None]  # layer -> its batch norm
+    norms: dict[str, str | None]  # layer -> its batch norm, in the order of first calls
     first: set[str]  # layers that read the image
     last: set[str]  # layers that no other layer reads
 
 
 def _following_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """The batch norm that alone reads the convolution `node`, and only it, if there is one."""
+    """Name of the batch norm that reads the convolution `node`, if each has no other partner."""
     user = next(iter(node.users)) if len(node.users) == 1 else node
     calls = [n for n in node.graph.nodes if n.op == "call_module" and n.target == user.target]
     is_norm = calls == [user] and isinstance(modules[user.target], _BatchNorm)
     return user.target if is_norm and isinstance(modules[node.target], nn.Conv2d) else None
 
 
-def _trace(model: nn.Module) -> _Structure:
-    """Layers, conv-norm pairs and edges of `model`; raises ValueError if torch.fx cannot trace."""
-    try:
-        graph = Tracer().trace(model)
-    except Exception as error:
-        raise ValueError(f"{type(model).__name__} cannot be traced by torch.fx: {error}") from error
-    modules = dict(model.named_modules())
-    found = _Structure({}, set(), set())
-    nearest: dict[fx.Node, set[str]] = {}  # node -> the layers whose outputs reach it unmixed
+def _structure(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Structure:
+    found = Structure({}, set(), set())
+    nearest: dict[fx.Node, set[str]] = {}  # node -> layers it depends on through no other layer
     for node in graph.nodes:
         above = set().union(*(nearest[source] for source in node.all_input_nodes))
         nearest[node] = above
-        if node.op == "call_module" and isinstance(modules[node.target], (nn.Conv2d, nn.Linear)):
-            again = node.target in found.norms  # a layer called twice has no norm of its own
+        if node.op == "call_module" and isinstance(modules[node.target], LAYERS):
+            again = (
+                node.target in found.norms
+            )  # a layer that is called twice has no norm of its own
             found.norms[node.target] = None if again else _following_norm(node, modules)
             found.first |= set() if above else {node.target}
             found.last = found.last - above | {node.target}
             nearest[node] = {node.target}
-    if not found.norms:
-        raise ValueError(f"{type(model).__name__} holds no Conv2d or Linear to quantize")
     return found
 
 
-def _observe(model: nn.Module, example: Tensor, names: Iterable[str]) -> dict[str, list]:
-    """One float pass: layer name -> [its first input (a copy), output positions per image]."""
-    seen: dict[str, list] = {}
+def _copy_modules(model: nn.Module) -> nn.Module:
+    """A copy that shares its parameters with `model`: tracing may change other attributes."""
+    values = [v for m in model.modules() for v in (*m._parameters.values(), *vars(m).values())]
+    return copy.deepcopy(model, {id(v): v for v in values if isinstance(v, Tensor)})
 
-    def record(name: str, op: nn.Module, args: tuple, y: Tensor) -> None:
-        seen.setdefault(name, [args[0].clone(), 0])  # what follows may write in place
-        seen[name][1] += y[0].numel() // op.weight.shape[0]  # (channels, places) -> places
 
-    hooks = [model.get_submodule(n).register_forward_hook(partial(record, n)) for n in names]
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return seen
+def trace(model: nn.Module) -> Structure:
+    """Layers, their batch norms and the edges of `model`, which stays as it is.
+
+    Raises ValueError if torch.fx cannot trace the model, if it holds no layer to quantize, or if a
+    layer runs in training mode alone or in evaluation mode alone.
+    """
+    name, modules = type(model).__name__, dict(model.named_modules())
+    scratch, found = _copy_modules(model), {}
+    for training in (True, False):
+        try:
+            graph = Tracer().trace(scratch.train(training))
+        except Exception as error:
+            raise ValueError(f"{name} cannot be traced by torch.fx: {error}") from error
+        found[training] = _structure(graph, modules)
+    training, evaluation = found[True].norms, found[False].norms
+    for mode, only in (("training", training), ("evaluation", evaluation)):
+        if extra := sorted(only.keys() - (training.keys() & evaluation.keys())):
+            raise ValueError(
+                f"{name}: {len(extra)} layers, such as {extra[0]!r}, run in {mode} mode only. "
+                f"Remove this branch before conversion (in torchvision: aux_logits=False)"
+            )
+    if not evaluation:
+        raise ValueError(f"{name} holds no Conv2d or Linear to quantize")
+    # A norm belongs to a layer only if it does so in both modes.
+    norms = {n: norm if training[n] == norm else None for n, norm in evaluation.items()}
+    return Structure(norms, found[False].first, found[False].last)

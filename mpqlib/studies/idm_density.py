@@ -80,10 +80,10 @@ def outputs_at(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]:
 
     x: images (N, C, H, W). Batch norms use their running statistics.
     """
-    read = reading(supernet.layers, supernet.searchable, lambda name, y: sampled(y.detach()))
+    read = reading(supernet.layers, supernet.searchable, lambda name, call, y: sampled(y.detach()))
     with torch.no_grad(), read as outputs:
         supernet.eval()(x, supernet.uniform(bits))
-    return outputs
+    return {name: torch.cat(calls) for name, calls in outputs.items()}
 
 
 def compare_outputs(

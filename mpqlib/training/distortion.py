@@ -1,6 +1,6 @@
-"""Information distortion mitigation: low-bit outputs are drawn to the high-bit ones."""
+"""Information distortion mitigation (IDM): low-bit outputs are drawn to the high-bit ones."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,7 +13,7 @@ from ..network.layers import QuantLinear
 
 
 def lowest_layers(config: Mapping[str, Bits], candidates: Mapping[str, Candidates]) -> list[str]:
-    """Layers that run at their smallest current weight bit-width, of more than one (RFQuant)."""
+    """Layers that run at the smallest of their several current weight bit-widths (RFQuant)."""
     return [
         name
         for name, bits in config.items()
@@ -23,16 +23,21 @@ def lowest_layers(config: Mapping[str, Bits], candidates: Mapping[str, Candidate
 
 @contextmanager
 def reading(
-    layers: Mapping[str, nn.Module], names: Iterable[str], read: Callable[[str, Tensor], Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    """Within the block, `read(name, output)` of the named layers (after the norm), by name.
+    layers: Mapping[str, nn.Module],
+    names: Iterable[str],
+    read: Callable[[str, int, Tensor], Tensor],
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the block, collects `read(name, call, output)` of the named layers.
 
-    It reads at once, because what follows may write over the output (an in-place ReLU, `+=`).
+    Yields layer name -> one value per call, in order; `call` counts a layer's calls from 0, as it
+    may run several times in a pass. Outputs are those after the batch norm. They are read at once,
+    because later operations may overwrite them (an in-place ReLU, `+=`).
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, list[Tensor]] = {}
 
     def hook(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        found[name] = read(name, output)
+        calls = found.setdefault(name, [])
+        calls.append(read(name, len(calls), output))
 
     chosen = {name: layers[name] for name in names}  # an unknown name fails before any hook is set
     handles = [layer.register_forward_hook(partial(hook, name)) for name, layer in chosen.items()]
@@ -44,42 +49,51 @@ def reading(
 
 
 def captured(layers: Mapping[str, nn.Module], names: Iterable[str]):
-    """Within the block, detached copies of the named layers' outputs (after the norm), by name."""
-    return reading(layers, names, lambda name, output: output.detach().clone())
+    """Within the block, collects detached copies of the named layers' outputs, one per call."""
+    return reading(layers, names, lambda name, call, output: output.detach().clone())
 
 
 def distortions(
-    layers: Mapping[str, nn.Module], names: Iterable[str], targets: Mapping[str, Tensor]
+    layers: Mapping[str, nn.Module],
+    names: Iterable[str],
+    targets: Mapping[str, Sequence[Tensor]],
 ):
-    """Within the block, the named layers' outputs less `targets`, by name; gradients flow."""
-    return reading(layers, names, lambda name, output: output - targets[name])
+    """Within the block, collects the named layers' outputs minus `targets`; gradients flow.
+
+    `targets`: what `captured` collected. Each call is compared with the same call there.
+    """
+    return reading(layers, names, lambda name, call, output: output - targets[name][call])
 
 
-def idm_loss(distortions: Mapping[str, Tensor]) -> Tensor:
+def idm_loss(distortions: Mapping[str, Sequence[Tensor]]) -> Tensor:
     """Sum over layers of their mean squared distortion, a scalar (RFQuant's IDM).
 
-    `distortions`: what the outputs (N, C, H, W) of the layers to mend are off the (detached) ones
-    at the largest bits. Raises ValueError without any layer.
+    `distortions`: layer name -> outputs (N, C, H, W) of each call minus the (detached) outputs at
+    the largest bits. The mean runs over the values of all calls. Raises ValueError without a layer.
     """
     if not distortions:
-        raise ValueError("no layer's distortion was given: IDM needs at least one")
-    # By norms, because the gradient of mse_loss is not channels-last, which slows the layers below.
-    return sum(vector_norm(d).square() / d.numel() for d in distortions.values())
+        raise ValueError("distortions is empty: IDM needs at least one layer")
+    total = 0
+    for calls in distortions.values():
+        # mse_loss would give gradients that are not channels-last, which slows the layers below.
+        squares = sum(vector_norm(d).square() for d in calls)
+        total = total + squares / sum(d.numel() for d in calls)
+    return total
 
 
 def grid_loss(layers: Mapping[str, QuantLinear], config: Mapping[str, Bits]) -> Tensor:
     """Squared distance of latent weights to their grid points at `config`, summed: a scalar.
 
-    Only points that the smallest bit-width's grid does not share count: those that a detour over
-    that coarser grid moves (RFQuant's release; the detour is our reading of "shared", since every
-    bit-width learns a step of its own).
+    A weight counts only if its grid point is not on the grid of the smallest bit-width: rounding
+    the point to that coarser grid and back moves it. (RFQuant's release; rounding back and forth is
+    our reading of "shared", since every bit-width learns a step of its own.)
     """
     total = torch.zeros(())
     for name, layer in layers.items():
         weight, quantize, bits = layer.op.weight, layer.weight_quantizer, config[name].weight
         with torch.no_grad():
             x_hat = quantize(weight, bits)
-            detour = quantize(quantize(x_hat, quantize.bits[0]), bits)
-            own = detour != x_hat
+            back = quantize(quantize(x_hat, quantize.bits[0]), bits)
+            own = back != x_hat
         total = total.to(weight) + ((weight - x_hat) * own).square().sum()
     return total

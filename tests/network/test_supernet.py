@@ -6,6 +6,7 @@ with Python floats, rounds every value as the library does.
 
 import copy
 import itertools
+import json
 import math
 from collections import Counter
 
@@ -348,12 +349,12 @@ class ByHand(nn.Module):
 
 
 def inputs_seen(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What each convolution reads at its first call in the float network."""
+    """All values that each convolution reads in the float network, over all its calls."""
     seen, handles = {}, []
     for name in "abc":
 
         def look(module, args, name=name):
-            seen.setdefault(name, args[0].clone())
+            seen[name] = torch.cat([seen.get(name, torch.empty(0)), args[0].flatten()])
 
         handles.append(getattr(model, name).register_forward_pre_hook(look))
     model(x)
@@ -380,7 +381,7 @@ def test_wiring_is_kept_in_float_and_at_every_bit_width(wiring, generator):
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
-def test_steps_start_from_what_the_layer_read(wiring, generator):
+def test_steps_start_from_all_that_the_layer_reads(wiring, generator):
     model, x = wiring().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     inputs = inputs_seen(model, x)
     net = Supernet(model, x, (2, 3), edge_bits=None)
@@ -595,11 +596,15 @@ def test_models_that_cannot_be_converted_are_refused():
     ("arguments", "message"),
     [
         ({"overrides": {"zz": Candidates((2,), (2,))}}, "zz"),
-        ({"overrides": {"a": Candidates((1,), (2,))}}, "bits=1"),
-        ({"overrides": {"a": Candidates((), (2,))}}, "empty"),
-        ({"bits": (), "edge_bits": None}, "empty"),
-        ({"bits": (2, 17), "edge_bits": None}, "bits=17"),
-        ({"edge_bits": 1}, "bits=1"),
+        ({"overrides": {"a": Candidates((1,), (2,))}}, r"overrides\['a'\]=\(1,\)"),
+        ({"overrides": {"a": Candidates((), (2,))}}, r"overrides\['a'\]=\(\)"),
+        ({"overrides": {"a": (2, 4)}}, r"overrides\['a'\]=2"),
+        ({"bits": (), "edge_bits": None}, r"bits=\(\)"),
+        ({"bits": (2, 17), "edge_bits": None}, r"bits=\(2, 17\).*2 to 16"),
+        ({"bits": 4}, "bits=4"),
+        ({"bits": (2, 4.0)}, r"bits=\(2, 4.0\)"),
+        ({"bits": "[2,4]"}, r"""bits='\[2,4\]' is a string.*-y "bits: \[2, 4\]".*-f"""),
+        ({"edge_bits": 1}, r"edge_bits=\(1,\)"),
     ],
 )
 def test_unfit_candidates_are_refused(arguments, message):
@@ -665,11 +670,19 @@ def test_configuration_survives_json(bits):
         '{"a": ["2", 2]}',
         '{"a": [true, 2]}',
         '{"a": {"weight": 2, "act": 2}}',
+        '{"layers": {"a": 2}, "bitops_g": 1}',
     ],
 )
 def test_malformed_json_is_refused(text):
     with pytest.raises(ValueError):
         BitConfig.from_json(text)
+
+
+def test_configuration_is_read_from_a_policy():
+    config = BitConfig.of({"a": (2, 3), "layers": (4, 5)})
+    policy = {"bitops_g": 1.5, "last": ["a"], "layers": json.loads(config.to_json())}
+    assert BitConfig.from_json(json.dumps(policy)) == config
+    assert BitConfig.from_json(config.to_json()) == config
 
 
 def test_configuration_cannot_be_changed():

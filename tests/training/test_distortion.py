@@ -1,4 +1,4 @@
-"""Which layers are mended, what is captured of them, and the losses against naive loops."""
+"""Which layers IDM draws, which outputs it compares, and the losses against naive loops."""
 
 import itertools
 from contextlib import nullcontext
@@ -87,7 +87,8 @@ def test_outputs_after_the_norm_are_captured_whatever_is_written_over_them(block
         net(x, config)
     expected = by_hand(net, x, config)
     assert set(outputs) == set(expected)
-    for name, output in outputs.items():
+    for name, calls in outputs.items():
+        (output,) = calls
         torch.testing.assert_close(output, expected[name])
 
 
@@ -119,7 +120,7 @@ def test_reading_changes_neither_output_nor_gradients(block):
         assert all(torch.equal(results[0][key], other[key]) for key in other)
 
 
-def mended(net: Supernet, targets: dict[str, Tensor]):
+def mended(net: Supernet, targets: dict[str, list[Tensor]]):
     return distortions(net.layers, targets, targets)
 
 
@@ -132,11 +133,11 @@ def test_hooks_live_as_long_as_the_block(block):
     with captured(net.layers, ["conv1"]) as outputs:
         net(x)
         assert not no_hook_left(net)
-    first = outputs["conv1"]
+    (first,) = outputs["conv1"]
     before = first.clone()
     net(2 * x)
     assert no_hook_left(net)
-    assert outputs["conv1"] is first and torch.equal(first, before)
+    assert len(outputs["conv1"]) == 1 and torch.equal(first, before)
 
 
 def test_hooks_are_gone_after_an_exception(block):
@@ -158,16 +159,52 @@ def test_captured_outputs_are_of_no_graph(block):
     net, x = block
     with captured(net.layers, ["conv1"]) as outputs:
         net(x, net.uniform(2))
-    assert not outputs["conv1"].requires_grad
+    assert not outputs["conv1"][0].requires_grad
 
 
 def test_distortion_is_the_difference_to_the_targets(block):
     net, x = block
     low, high = (by_hand(net, x, net.uniform(bits)) for bits in (2, 4))
-    with distortions(net.layers, ["conv2"], high) as distorted:
+    with distortions(net.layers, ["conv2"], {"conv2": [high["conv2"]]}) as distorted:
         net(x, net.uniform(2))
     assert set(distorted) == {"conv2"}
-    torch.testing.assert_close(distorted["conv2"], low["conv2"] - high["conv2"])
+    torch.testing.assert_close(distorted["conv2"], [low["conv2"] - high["conv2"]])
+
+
+class TwoScales(nn.Module):
+    """One head that runs on features of two sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3).double(), nn.Conv2d(4, 2, 1).double()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return (self.head(x).mean((2, 3)) + self.head(x[:, :, ::2, ::2]).mean((2, 3))).relu()
+
+
+def test_each_call_is_compared_with_the_same_call_at_the_largest_bits():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    net = Supernet(TwoScales(), x, (2, 4), edge_bits=None)
+    seen = {}
+    for bits in (2, 4):
+        outputs = []
+        hook = net.layers["head"].register_forward_hook(
+            lambda layer, args, y, outputs=outputs: outputs.append(y.detach().clone())
+        )
+        net(x, net.uniform(bits))
+        hook.remove()
+        seen[bits] = outputs
+    assert [y.shape[-1] for y in seen[2]] == [6, 3]
+    with captured(net.layers, ["head"]) as targets:
+        net(x, net.uniform(4))
+    with distortions(net.layers, ["head"], targets) as distorted:
+        net(x, net.uniform(2))
+    expected = [low - high for low, high in zip(seen[2], seen[4], strict=True)]
+    torch.testing.assert_close(distorted["head"], expected)
+    idm_loss(distorted).backward()
+    assert bool(net.layers["stem"].op.weight.grad.any())
 
 
 def test_loss_on_distortions_trains_the_layer_below(block):
@@ -185,38 +222,45 @@ def test_loss_on_distortions_trains_the_layer_below(block):
     assert first.weight_quantizer.steps["4"].grad is None
 
 
-def naive_idm(distorted: dict[str, Tensor]) -> float:
-    """Sum over layers of the mean over elements of the squared difference."""
+def naive_idm(distorted: dict[str, list[Tensor]]) -> float:
+    """Sum over layers of the mean, over the values of all calls, of the squared difference."""
     total = 0.0
-    for differences in distorted.values():
-        squares = 0.0
-        for d in differences.flatten().tolist():
-            squares += d**2
-        total += squares / differences.numel()
+    for calls in distorted.values():
+        squares, count = 0.0, 0
+        for differences in calls:
+            for d in differences.flatten().tolist():
+                squares += d**2
+                count += 1
+        total += squares / count
     return total
 
 
-shapes = st.tuples(*[st.integers(1, 3)] * 4)
+calls = st.lists(st.tuples(*[st.integers(1, 3)] * 4), min_size=1, max_size=3)
 
 
 @settings(deadline=None)
-@given(st.dictionaries(st.sampled_from("abcd"), shapes, min_size=1), st.integers(0, 999))
-def test_idm_loss_is_the_sum_of_mean_squared_errors(shape_of, seed):
+@given(st.dictionaries(st.sampled_from("abcd"), calls, min_size=1), st.integers(0, 999))
+def test_idm_loss_is_the_sum_of_mean_squared_errors(shapes_of, seed):
     generator = torch.Generator().manual_seed(seed)
     distorted = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
-        for name, shape in shape_of.items()
+        name: [
+            torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+            for shape in shapes
+        ]
+        for name, shapes in shapes_of.items()
     }
     loss = idm_loss(distorted)
     assert loss.item() == pytest.approx(naive_idm(distorted), rel=1e-12)
     loss.backward()
-    for d in distorted.values():
-        torch.testing.assert_close(d.grad, 2 * d.detach() / d.numel())
+    for outputs in distorted.values():
+        count = sum(d.numel() for d in outputs)
+        for d in outputs:
+            torch.testing.assert_close(d.grad, 2 * d.detach() / count)
 
 
 def test_without_distortion_neither_loss_nor_gradient():
     d = torch.zeros(2, 3, requires_grad=True)
-    loss = idm_loss({"a": d})
+    loss = idm_loss({"a": [d]})
     loss.backward()
     assert loss.item() == 0 and not d.grad.any()
 

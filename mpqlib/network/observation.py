@@ -1,0 +1,208 @@
+"""What passes of a network on an example show: inputs of layers, counts of operations, weights."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from .layers import QuantLinear
+
+UNCOUNTED = (nn.RNNBase, nn.Bilinear)  # torch.utils.flop_counter finds no operation in these
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model is in eval mode; then each module returns to its own mode."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+@contextmanager
+def hooked(handles: list) -> Iterator[None]:
+    """Removes hooks at the end of the block."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def no_fast_attention() -> Iterator[None]:
+    """Within the block, attention runs as operations that torch.utils.flop_counter knows."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def counted_macs(model: nn.Module) -> Iterator[dict[str, Counter]]:
+    """Within the block, MACs of each module without its submodules: {module: {operation: MACs}}.
+
+    They are counted by torch.utils.flop_counter, so independently of the layer table.
+    """
+    own: dict[str, Counter] = {}
+    running, last = [""], Counter()  # "": the model itself
+
+    def settle(*_) -> None:
+        """Books what was counted since the last call on the innermost running module."""
+        nonlocal last
+        total = Counter({str(op): n for op, n in counter.flop_counts["Global"].items()})
+        own.setdefault(running[-1], Counter()).update(total - last)
+        last = total
+
+    def enter(name: str, *_) -> None:
+        settle()
+        running.append(name)
+
+    def leave(*_) -> None:
+        settle()
+        running.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(enter, name)))
+        handles.append(module.register_forward_hook(leave))
+    with no_fast_attention(), hooked(handles), FlopCounterMode(display=False) as counter:
+        yield own
+        settle()
+    for counts in own.values():
+        for operation in counts:
+            counts[operation] //= 2  # a MAC is two floating-point operations
+
+
+@dataclass
+class Observation:
+    """What a pass of the float model shows of one layer, over all its calls and all images."""
+
+    inputs: list[Tensor] = field(default_factory=list)  # copies, one a call
+    macs: int = 0
+
+    @property
+    def values(self) -> Tensor:
+        """All values that the layer read, as a vector."""
+        return torch.cat([x.flatten() for x in self.inputs])
+
+
+def _record(seen: Observation, op: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> None:
+    x, *_ = (*args, *kwargs.values())
+    seen.inputs.append(x.clone())  # what follows may write over it
+    # One MAC per output value and weight of the filter that makes it.
+    seen.macs += y.numel() * op.weight[0].numel()
+
+
+def observe(
+    model: nn.Module, example: Tensor, names: Iterable[str]
+) -> tuple[dict[str, Observation], dict[str, int]]:
+    """One float pass over `example` (N, C, H, W): what the layers `names` read, and all MACs.
+
+    Returns the layers' observations by name, and the MACs (over all images) of everything else by
+    module and operations. Raises ValueError for a layer that does not run, that reads values which
+    are not finite, or whose MACs torch.utils.flop_counter counts differently, and for modules that
+    it cannot count.
+    """
+    seen = {name: Observation() for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            partial(_record, seen[name]), with_kwargs=True
+        )
+        for name in seen
+    ]
+    with eval_mode(model), torch.no_grad(), hooked(handles), counted_macs(model) as counted:
+        model(example)
+    for name in counted:
+        module = model.get_submodule(name)
+        if isinstance(module, UNCOUNTED):
+            raise ValueError(f"MACs of {type(module).__name__} {name!r} cannot be counted")
+    for name, layer in seen.items():
+        if not layer.inputs:
+            raise ValueError(f"layer {name!r} does not run on the example")
+        if not all(bool(x.isfinite().all()) for x in layer.inputs):
+            raise ValueError(f"layer {name!r} reads values that are not finite: check the example")
+        if (macs := counted[name].total()) != layer.macs:
+            raise ValueError(
+                f"layer {name!r}: {layer.macs} MACs by its shape, but torch counts {macs}. Its "
+                f"class {type(model.get_submodule(name)).__name__} computes something else"
+            )
+    rest = {}
+    for name, counts in counted.items():
+        if name not in seen and counts.total():
+            operations = ", ".join(sorted(op.removeprefix("aten.") for op in counts))
+            part = name or f"{type(model).__name__}.forward"
+            rest[f"{part} ({operations})"] = counts.total()
+    return seen, rest
+
+
+class _Operands(TorchDispatchMode):
+    """Within the block, collects where the operands of convolutions and products lie in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in flop_registry:
+            tensors = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Tensor)]
+            self.read |= {_place(tensor) for tensor in tensors}
+        return func(*args, **(kwargs or {}))
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def check_quantized(
+    model: nn.Module,
+    example: Tensor,
+    layers: Mapping[str, QuantLinear],
+    seen: Mapping[str, Observation],
+) -> None:
+    """One pass of the converted `model`: every layer must compute with its quantized weights.
+
+    `layers`: by name, each at the bits to check. `seen`: what the float pass showed of them. Raises
+    ValueError if the pass fails, or names the layer that runs more or less often than in the float
+    pass or computes with other weights.
+    """
+    used: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def keep(name: str, op: nn.Module, args: tuple, y: Tensor) -> None:
+        used[name].append(op.weight)  # kept, so that no other tensor takes its place in memory
+
+    handles = [
+        layer.op.register_forward_hook(partial(keep, name)) for name, layer in layers.items()
+    ]
+    with eval_mode(model), torch.no_grad(), hooked(handles), _Operands() as operands:
+        try:
+            model(example)
+        except Exception as error:
+            name = type(model).__name__
+            raise ValueError(f"{name} fails once its layers are quantized: {error}") from error
+    for name, layer in layers.items():
+        calls, expected = len(used[name]), len(seen[name].inputs)
+        if calls != expected:
+            raise ValueError(
+                f"layer {name!r} runs {calls} times once it is quantized, but {expected} times in "
+                f"the float model"
+            )
+        with torch.no_grad():
+            quantized = layer.weight_quantizer(layer.op.weight, layer.bits.weight)
+        if not all(_place(w) in operands.read and torch.equal(w, quantized) for w in used[name]):
+            raise ValueError(
+                f"layer {name!r} of class {type(layer.op).__name__} computes with other weights "
+                f"than its quantized ones: use a plain Conv2d or Linear, and let the model call "
+                f"it as a submodule, not through a list or a function"
+            )
