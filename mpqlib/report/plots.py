@@ -1,4 +1,4 @@
-"""Pictures of a run; the same bit-width has the same colour in all of them."""
+"""Plots of a run. A bit-width has the same colour in all of them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,13 +14,16 @@ from ..network.bits import BitConfig
 from ..network.cost import bitops, layer_bitops
 from ..network.supernet import LayerInfo
 
-# viridis is ordered, as bit-widths are, and safe for the colour-blind.
+# viridis is ordered like bit-widths, and colour-blind people can read it.
 COLOURS = dict(zip(range(2, 9), sns.color_palette("viridis", 7), strict=True))
 ARM_COLOURS = sns.color_palette("colorblind")[1:]  # none is a colour of a bit-width
 
 
 def training_curves(histories: Mapping[str, Sequence[Mapping]]) -> Figure:
-    """Loss and training accuracy over epochs; `histories`: name of a phase -> rows of `train`."""
+    """Loss (nats) and top-1 (%) on training images over epochs.
+
+    `histories`: the history that `train` returns, by name of the phase, such as "float".
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for phase, history in histories.items():
         rows = pd.DataFrame(list(history))
@@ -39,7 +42,10 @@ def training_curves(histories: Mapping[str, Sequence[Mapping]]) -> Figure:
 
 
 def turbulence_map(history: Sequence[Mapping]) -> Figure:
-    """Turbulence per layer and epoch; a cross where the smallest bit-width was frozen."""
+    """Turbulence of each layer in each epoch; a cross marks a frozen smallest bit-width.
+
+    `history`: of a supernet, from `train`.
+    """
     values = pd.DataFrame([row["turbulence"] for row in history]).T
     full = {name: len(bits) for name, bits in history[0]["candidates"].items()}
     for row in history:
@@ -60,7 +66,10 @@ def turbulence_map(history: Sequence[Mapping]) -> Figure:
 
 
 def policy_bits(table: Sequence[LayerInfo], config: BitConfig) -> Figure:
-    """Bits of every layer's weights and activations, and its share of all BitOPs."""
+    """Weight bits, activation bits and share of all BitOPs of each layer.
+
+    `table`: of the supernet. `config`: bits from 2 to 8.
+    """
     names = [info.name for info in table]
     total = bitops(table, config)
     share = [100 * layer_bitops(info, config[info.name]) / total for info in table]
@@ -84,9 +93,10 @@ def policy_bits(table: Sequence[LayerInfo], config: BitConfig) -> Figure:
 
 
 def accuracy_over_cost(rows: pd.DataFrame, budget: float) -> Figure:
-    """Top-1 on the test split with its interval over BitOPs, for the rows of `measure`.
+    """Test top-1 (%) with its 95% interval over BitOPs (G per image).
 
-    `rows`: a column `configuration` beside; `budget` in G, drawn as a line.
+    `rows`: from `runs.measure`, with a column `configuration`, such as "searched" or "uniform 3",
+    and one row "float". `budget`: in G, drawn as a line.
     """
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     kinds = {"searched": ("searched", "D", "C3"), "uniform": ("uniform", "o", "0.4")}
@@ -104,9 +114,10 @@ def accuracy_over_cost(rows: pd.DataFrame, budget: float) -> Figure:
 
 
 def policies_plot(configs: Mapping[str, BitConfig], label: str) -> Figure:
-    """Bits of every layer in one policy after another: weights left, activations right.
+    """Bits of each layer in several policies, weights on the left and activations on the right.
 
-    `configs`: by the text that stands under each, such as its budget, which `label` describes.
+    `configs`: the policies by the text under their column, such as the budget. `label`: says what
+    that text is.
     """
     names = list(next(iter(configs.values())))
     size = (max(7, 2.5 + 0.8 * len(configs)), 1.4 + 0.24 * len(names))
