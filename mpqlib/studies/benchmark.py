@@ -12,6 +12,7 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -135,12 +136,15 @@ def growth_plot(searches: pd.DataFrame) -> Figure:
     for row in searches.itertuples():
         place = dict(textcoords="offset points", xytext=(6, 4), fontsize=8)
         axis.annotate(row.model, (row.layers, row.seconds), **place)
-    axis.set(xlabel="layers with a choice of bits", ylabel="time of a search (s)")
+    axis.set(xlabel="searchable layers", ylabel="time of a search (s)")
     axis.set(xscale="log", yscale="log", xlim=(None, 1.5 * searches["layers"].max()))
     axis.set(ylim=(None, 1.6 * searches["seconds"].max()))
     axis.tick_params(axis="x", which="both", length=4, labelsize=9)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend(frameon=False, title="search", loc="lower right")
     return figure
 
