@@ -50,7 +50,7 @@ def supernet() -> Supernet:
 
 
 def measured(name, cost, search, test, loss=1.0):
-    """One configuration's row of a"""
+    """One row of a table of evaluated configurations, from made-up values."""
     return {
         "configuration": name,
         "bitops_g": cost,
@@ -65,7 +65,7 @@ def measured(name, cost, search, test, loss=1.0):
 
 @pytest.fixture
 def metrics(supernet):
-    """A searched policy among uniform ones, made up."""
+    """A table of a searched policy and uniform ones, with made-up values."""
     rows = [
         measured("searched", 2.9, 80.0, 75.0),
         measured("uniform 2", 1.0, 60.0, 99.0),  # best on the test split, which must not choose

@@ -8,14 +8,20 @@ from torch import Tensor, nn
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest integer of a `bits`-wide grid (LSQ, arXiv 1902.08153, section 2)."""
+    """Smallest and largest integer of the `bits`-bit grid (LSQ, arXiv 1902.08153, section 2).
+
+    Raises ValueError unless `bits` is a whole number from 2 to 16.
+    """
     if bits not in range(2, 17):
         raise ValueError(f"bits={bits!r} is not allowed: a whole number from 2 to 16")
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def in_memory_order(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Tensors of one shape as vectors, in the first one's memory order; views, if of `dtype`."""
+    """Tensors of one shape as vectors of `dtype`, in the memory order of the first tensor.
+
+    They are views where neither type nor order has to change.
+    """
     first = tensors[0]
     if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
         tensors = tuple(x.permute(0, 2, 3, 1) for x in tensors)  # NCHW -> NHWC
@@ -23,7 +29,7 @@ def in_memory_order(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def shaped_like(vector: Tensor, x: Tensor) -> Tensor:
-    """A vector in the order in which `x` lies in memory, as a view of x's shape."""
+    """A vector in the memory order of `x`, as a view in the shape of `x`."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
         return vector.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)  # NHWC -> NCHW
     return vector.view(x.shape)
@@ -37,12 +43,12 @@ def quantize(x: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 def gradients(
     x: Tensor, x_hat: Tensor, grad: Tensor, step: Tensor, q_min: int, q_max: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `quantize`'s x (a vector) and step (a scalar) from that of x_hat.
+    """Gradients of x (a vector) and step (a scalar) from the gradient of x_hat in `quantize`.
 
     Clipping is judged on v = x / s before rounding (LSQ, equations 3 and 5):
         dx_hat/dx = 1 where q_min < v < q_max, else 0
         dx_hat/ds = round(v) - v inside, q_min or q_max outside
-    Both cases of the second line are x_hat / s - v * dx_hat/dx, which needs no mask of its own.
+    Both cases of the second line equal x_hat / s - v * dx_hat/dx, which needs no second mask.
     """
     # hardtanh's gradient is the indicator of the open interval (q_min, q_max), in one pass.
     grad_x = torch.ops.aten.hardtanh_backward(grad, x / step, q_min, q_max)
@@ -51,7 +57,7 @@ def gradients(
 
 @cache
 def arithmetic(compile: bool) -> tuple[Callable, Callable]:
-    """`quantize` and `gradients`: as they are, or compiled, in one pass over memory each."""
+    """`quantize` and `gradients`, plain or compiled; compiled, each passes over memory once."""
     pair = quantize, gradients
     return tuple(torch.compile(f, dynamic=True) for f in pair) if compile else pair
 
@@ -62,11 +68,11 @@ class LSQ(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, step, q_min: int, q_max: int, gradient_scale: float, compile: bool):
         quantize, ctx.gradients = arithmetic(compile)
-        # As detached vectors, so that what is compiled once serves every tensor; as precise as the
-        # step, for its gradient is a small difference of large sums, which bfloat16 loses.
+        # Vectors, so that one compiled function serves tensors of every shape. In the type of the
+        # step, because its gradient is a small difference of large sums: bfloat16 would lose it.
         vectors = in_memory_order(x.detach(), dtype=step.dtype)
         x_hat = shaped_like(quantize(*vectors, step.detach(), q_min, q_max), x)
-        # Both live on in the layers around, so they cost no memory; v is computed again.
+        # The layers around keep both anyway, so saving them costs no memory. v is recomputed.
         ctx.save_for_backward(x, x_hat, step)
         ctx.range, ctx.gradient_scale = (q_min, q_max), gradient_scale
         return x_hat
@@ -87,10 +93,10 @@ def lsq(
     scale_step_gradient: bool = True,
     compile: bool = False,
 ) -> Tensor:
-    """Fake-quantize `x` (any shape) with a scalar `step`; same shape (LSQ, equations 1-3).
+    """Fake-quantizes `x` (any shape) with a scalar `step`; same shape (LSQ, equations 1-3).
 
-    With `scale_step_gradient` the step's gradient is divided by sqrt(numel * q_max), LSQ's g.
-    `compile`: by torch.compile, see `compile_quantizers`.
+    With `scale_step_gradient` the gradient of the step is divided by sqrt(numel * q_max), LSQ's g.
+    `compile`: run by torch.compile, see `compile_quantizers`.
     """
     q_min, q_max = integer_range(bits, signed)
     scale = (x.numel() * q_max) ** -0.5 if scale_step_gradient else 1.0
@@ -101,17 +107,17 @@ def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
     """LSQ's initial step 2 * mean|x| / sqrt(q_max), a scalar (arXiv 1902.08153, section 2.1)."""
     _, q_max = integer_range(bits, signed)
     mean = x.detach().abs().mean()
-    # A tensor of zeros (a pruned layer, a dead input) has no scale; any positive step is exact.
+    # A tensor of zeros (a pruned layer, a dead input) has no scale: any positive step is exact.
     return torch.where(mean > 0, 2 * mean / q_max**0.5, torch.ones_like(mean))
 
 
 class Quantizer(nn.Module):
-    """LSQ quantizer with one learned step per bit-width, initialised from the tensor it first sees.
+    """LSQ quantizer with one learned step per bit-width.
 
-    `bits`: the bit-widths it offers. `example`: that first tensor, any shape; it also decides the
-    sign of the range (signed where it holds a negative value) unless `signed` is given.
-    Raises ValueError for bits outside 2..16 or an empty set. Source: LSQ, one step per bit-width as
-    in RFQuant (arXiv 2401.01543).
+    `bits`: its bit-widths. `example`: a tensor of any shape that sets the initial steps. The range
+    is signed if `example` holds a negative value, unless `signed` is given. Raises ValueError if
+    `bits` is empty or holds anything but whole numbers from 2 to 16. Source: LSQ (arXiv
+    1902.08153), with one step per bit-width as in RFQuant (arXiv 2401.01543).
     """
 
     def __init__(
@@ -133,7 +139,7 @@ class Quantizer(nn.Module):
         )
 
     def step(self, bits: int) -> Tensor:
-        """The positive step size at `bits`, a scalar; raises ValueError if not offered."""
+        """The positive step size at `bits`, a scalar; raises ValueError for other bit-widths."""
         if bits not in self.bits:
             raise ValueError(f"bits={bits!r} is not allowed here: one of {self.bits}")
         return self.steps[str(bits)].abs()
@@ -141,7 +147,7 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor, bits: int) -> Tensor:
         return lsq(x, self.step(bits), bits, self.signed, self.scale_step_gradient, self.compiled)
 
-    # The sign of the range belongs to the checkpoint: it was read off data, not off the model.
+    # The sign of the range belongs to the checkpoint, because it comes from data.
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.signed)
 
@@ -153,10 +159,10 @@ class Quantizer(nn.Module):
 
 
 def compile_quantizers(model: nn.Module) -> None:
-    """From now on all quantizers within `model` run by torch.compile, at whatever bits.
+    """Makes all quantizers of `model` run by torch.compile, at every bit-width.
 
-    Quantizing is bound by memory, and compiled it passes over it once: the same values in about
-    half the time, after some seconds of compiling. Needs a C++ compiler on a CPU.
+    Speed is limited by memory, and compiled code passes over memory once: the same values in about
+    half the time, after some seconds of compiling. On a CPU this needs a C++ compiler.
     """
     for module in model.modules():
         if isinstance(module, Quantizer):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
+from ..network.observation import eval_mode
 from ..network.supernet import Supernet
 
 
@@ -70,18 +71,6 @@ class Evaluation(NamedTuple):
         return float(self.correct.float().mean())
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block, the model is in eval mode; then each module returns to its own mode."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
@@ -119,7 +108,7 @@ def evaluate(
     # Before inference mode, because weights that are moved inside it can no longer be trained.
     model = model.to(device, memory_format=torch.channels_last)
     correct, loss = [], 0.0
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for x, y in DataLoader(dataset, batch_size):
             x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
             logits = model(x) if config is None else model(x, config)
@@ -279,7 +268,7 @@ def recalibrate(
     # No batch of a single image: at 1x1 resolution it has no variance.
     batches = min(-(-count // batch_size), count // 2)
     indices = [part.tolist() for part in torch.arange(count).tensor_split(batches)]
-    with _eval_mode(supernet), _averaging(list(norms.values())):
+    with eval_mode(supernet), _averaging(list(norms.values())):
         for x, _ in DataLoader(dataset, batch_sampler=indices):
             supernet(x.to(device, memory_format=torch.channels_last), config)
         ran = {name: norm for name, norm in norms.items() if norm.num_batches_tracked}
