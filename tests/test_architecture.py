@@ -20,7 +20,7 @@ WINGS = {
     "network": ["quantizer", "bits", "layers", "tracing", "observation", "supernet", "cost"],
     "training": ["scheduler", "distortion", "step", "optimization", "evaluation", "loop"],
     "search": ["error", "moves", "greedy", "baselines"],
-    "report": ["intervals", "tables", "runs", "policy", "paper", "claims", "plots"],
+    "report": ["intervals", "tables", "runs", "policy", "paper", "results", "claims", "plots"],
     "studies": [
         "train",
         "interference",

@@ -14,6 +14,7 @@ import pandas as pd
 from ..files import save_atomically
 from .intervals import t_interval
 from .paper import FINDINGS, PAPER, Claim, Listed
+from .results import results_table
 from .runs import checkout
 from .tables import markdown_table, show_markdown
 
@@ -28,7 +29,6 @@ WORDS = {  # source of a claim -> status if the interval lies on the claimed sid
 # Of the checkout that the current folder lies in, or else of the one that this package lies in.
 RESULTS = (checkout(Path.cwd()) or checkout(Path(__file__)) or Path()) / "results"
 
-START, END = "<!-- claims: written by python -m mpqlib.report.claims -->", "<!-- end of claims -->"
 HEADS = "claim", "paper", "measured", "difference [95%]", "n", "status"
 
 
@@ -243,20 +243,33 @@ and search may have changed since the commit that a run names."""
     return "\n\n".join([head, *map(run_section, folders)]) + "\n"
 
 
-def write(root: Path) -> None:
-    """Writes results/README.md and the claims part of README.md under `root`.
+def marks(name: str) -> tuple[str, str]:
+    """The comments before and after the part `name` of README.md."""
+    start = f"<!-- {name}: written by python -m mpqlib.report.claims -->"
+    return start, f"<!-- end of {name} -->"
 
-    Raises ValueError if README.md lacks the two marks around that part.
+
+def replace_part(text: str, name: str, part: str) -> str:
+    """`text` with a new part between the marks of `name`; raises ValueError if it lacks them."""
+    start, end = marks(name)
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    if not (rest and after):
+        raise ValueError(f"the page lacks the marks {start!r} and {end!r}")
+    return f"{before}{start}\n{part}\n{end}{after}"
+
+
+def write(root: Path) -> None:
+    """Writes results/README.md and two parts of README.md, results and claims, under `root`.
+
+    Raises ValueError if README.md lacks the marks around these parts.
     """
     results, readme = root / "results", root / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    if not (rest and after):
-        raise ValueError(f"{readme} lacks the marks {START!r} and {END!r}")
-    whole = f"{before}{START}\n{first_page(results)}\n{END}{after}"
+    text = replace_part(readme.read_text(), "results", results_table(results))
+    text = replace_part(text, "claims", first_page(results))
     page = results_page(results)
     save_atomically(results / "README.md", lambda part: part.write_text(page))
-    save_atomically(readme, lambda part: part.write_text(whole))
+    save_atomically(readme, lambda part: part.write_text(text))
 
 
 def main() -> None:

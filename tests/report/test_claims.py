@@ -150,11 +150,13 @@ def root(metrics, tmp_path, monkeypatch):
     (folder / "claims.json").write_text(json.dumps(claims.documents([CLAIM])))
     source = {"commit": "0123456789abcdef", "seeds": [0, 1, 2, 3, 4], "date": "2026-01-02T03:04:05"}
     (folder / "provenance.json").write_text(json.dumps(source))
-    readme = f"before\n{claims.START}\nearlier table\n{claims.END}\nafter\n"
+    parts = ["\nearlier table\n".join(claims.marks(name)) for name in ("results", "claims")]
+    readme = "\n".join(["before", *parts, "after\n"])
     (tmp_path / "README.md").write_text(readme)
     about = dict(place="Paper, Table 1", measure="top-1 (%)", notebook="05_x")
     listed = [Listed(**vars(CLAIM), **about, run=run) for run in ("small", None)]
     monkeypatch.setattr(claims, "PAPER", listed)
+    monkeypatch.setattr(claims, "results_table", lambda results: "table of results")
     monkeypatch.setattr(claims, "FINDINGS", [replace(listed[0], source="ours", place="ours")])
     return tmp_path
 
@@ -163,7 +165,7 @@ def test_the_first_page_judges_listed_claims_by_their_stored_run(root):
     claims.write(root)
     text = (root / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert "earlier table" not in text
+    assert "earlier table" not in text and "table of results" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| b")]
     judged, untested, ours = rows
     assert judged[0] == "better is better<br>Measure: top-1 (%)"
@@ -204,8 +206,10 @@ def test_missing_results_are_named_with_their_source(tmp_path):
 
 def test_the_pages_of_this_repository_are_up_to_date():
     readme = (claims.RESULTS.parent / "README.md").read_text()
-    shown = readme.partition(claims.START)[2].partition(claims.END)[0].strip()
-    assert shown == claims.first_page()
+    parts = {"claims": claims.first_page(), "results": claims.results_table(claims.RESULTS)}
+    for name, part in parts.items():
+        start, end = claims.marks(name)
+        assert readme.partition(start)[2].partition(end)[0].strip() == part
     assert (claims.RESULTS / "README.md").read_text() == claims.results_page()
 
 
