@@ -1,5 +1,6 @@
 """Greedy search, by inference alone, for the best bit-widths under a BitOPs or size limit."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
@@ -7,134 +8,176 @@ from math import inf, sqrt
 
 from tqdm.auto import tqdm
 
-from ..network.bits import BitConfig, largest, smallest
-from ..network.cost import bitops, model_size
+from ..network.bits import BitConfig, largest
+from ..network.cost import bitops
 from ..network.supernet import LayerInfo, Supernet
-from .error import Error
-from .moves import PARTS, Errors, Move, Step, after, moves
+from .error import Error, without_nan
+from .limits import check_limits, check_start, used_share
+from .moves import BIT_WIDTHS, Errors, Move, Step, apply_moves, count_moves, possible_moves
 
 ALPHA = 1.5  # weight of the error in the paper's score (RFQuant's release)
+# The most steps up, and the most exchanges, for each move between the smallest and largest bits.
+# A search whose errors are the same when asked again stays far below; others must end, too.
+BOUND = 10
 
 
-def normalised(values: Sequence[float]) -> list[float]:
-    """Values scaled to 0..1 over their range; all 0 if they are equal."""
-    low, span = min(values), max(values) - min(values)
-    return [(v - low) / span if span else 0.0 for v in values]
+def normalise(values: Sequence[float]) -> list[float]:
+    """Scales values to 0..1 over their range; returns zeros if they are equal."""
+    # The range of halves cannot overflow.
+    low, high = min(values) / 2, max(values) / 2
+    return [(v / 2 - low) / (high - low) if high > low else 0.0 for v in values]
 
 
 def weight_target(table: Sequence[LayerInfo], start: BitConfig, budget: float) -> float:
-    """BitOPs at which weights have done their half of the way from `start` to `budget`.
+    """BitOPs per image at which the weights have gone down far enough.
 
-    The geometric mean of the two, fixed layers aside: from 6/6 bits to 4/4 it is 4/6 bits exactly.
+    It is the geometric mean of `start` and `budget`, without layers that have a single candidate:
+    half of the way, so that activations go as far. From 6/6 bits to 4/4 bits it is 4/6 bits.
     """
-    free = [info for info in table if any(len(offered) > 1 for offered in info.candidates)]
+    free = [info for info in table if any(len(choices) > 1 for choices in info.candidates)]
     fixed = bitops(table, start) - bitops(free, start)
     return fixed + sqrt(max(budget - fixed, 0) * bitops(free, start))
 
 
-def share(table: Sequence[LayerInfo], config: BitConfig, budget: float, size: float) -> float:
-    """The largest share of a limit that `config` takes: of `budget` BitOPs, or of `size` bytes."""
-    return max(bitops(table, config) / budget, model_size(table, config) / size)
-
-
 def paper_scores(errors: Sequence[float], costs: Sequence[float], error: float, cost: float):
     """1.5 * (normalised error) + (normalised cost) after each move (RFQuant)."""
-    terms = zip(normalised(errors), normalised(costs), strict=True)
+    terms = zip(normalise(errors), normalise(costs), strict=True)
     return [ALPHA * e + c for e, c in terms]
 
 
 def ratio_scores(errors: Sequence[float], costs: Sequence[float], error: float, cost: float):
-    """Error that each move down adds per cost that it saves."""
+    """Error that each move down adds, divided by the cost that it saves."""
     return [(e - error) / (cost - c) for e, c in zip(errors, costs, strict=True)]
 
 
 RULES = {"ratio": ratio_scores, "paper": paper_scores}
 
 
+def check_options(
+    *, rule: str = "ratio", up: bool = True, weights_first: bool = True, exact: bool = False
+) -> None:
+    """Raises ValueError if an option of `greedy` has a value that is not allowed."""
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is not allowed: one of {list(RULES)}")
+    for name, value in dict(up=up, weights_first=weights_first, exact=exact).items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is not allowed: True or False")
+
+
 def best_move(
     costs: Mapping[Move, float], errors: Errors, cost: float, scores: Callable, exact: bool
-) -> Move:
-    """The move with the least of `scores`, such as `paper_scores`.
+) -> Move | None:
+    """Returns the move with the smallest score, or None if no move down has a finite error.
 
-    `costs`: after each move; `cost`: now. Measured are moves never seen, and then the best until it
-    is a fresh one; with `exact`, all of them.
+    `costs`: after each move; `cost`: now. `scores`: such as `paper_scores`. Measures moves without
+    an estimate, then the best one until the best is measured. With `exact`, measures all moves.
     """
-    errors.prepare((m for m in costs if m not in errors.fresh), exact)
+    errors.measure_unknown(costs, exact)
     while True:
-        known = [errors[move] for move in costs]
-        found = scores(known, list(costs.values()), errors.now.error, cost)
-        best = list(costs)[found.index(min(found))]
-        if best in errors.fresh:
+        finite = [move for move in costs if errors[move] < inf]
+        if not any(costs[move] < cost for move in finite):
+            return None
+        after = [errors[move] for move in finite], [costs[move] for move in finite]
+        values = scores(*after, errors.now.error, cost)
+        best = finite[values.index(min(values))]
+        if best in errors.measured:
             return best
         errors.measure([best])
 
 
-def descent(
+def lower_bits(
     errors: Errors, supernet: Supernet, phases: Mapping, size: float, scores, up: bool, exact: bool
 ) -> Iterator[Step]:
-    """Steps down until the limits of all `phases`, parts that may move -> BitOPs, and `size` hold.
+    """Yields steps until the limits hold. `phases`: bit-widths that may change -> BitOPs limit.
 
-    A step up must lead to what nothing on the path dominates, with no more error at no more cost,
-    so that the search ends.
+    A step up must lead to a configuration that no step of the path dominates (with at most its
+    error at at most its cost). The number of steps up is bounded (BOUND), so that the search always
+    ends. Raises ValueError if the limits do not hold and no move down has a finite error.
     """
-    path = [errors.now]
+    path, ups = [errors.now], BOUND * count_moves(supernet.candidates)
     for parts, target in phases.items():
-        cost = partial(share, supernet.table, budget=target, size=size)
-        while (now := cost(config := errors.now.config)) > 1:
-            offered = moves(config, supernet.candidates, parts, up)
-            costs = {move: c for move in offered if (c := cost(move.of(config))) != now}
-            if not any(c < now for c in costs.values()):
-                break
+        cost = partial(used_share, supernet.table, budget=target, size=size)
+        while (now := cost(errors.now.config)) > 1:
+            config = errors.now.config
+            moves = possible_moves(config, supernet.candidates, parts, up and ups > 0)
+            costs = {move: c for move in moves if (c := cost(move.apply(config))) != now}
             best = best_move(costs, errors, now, scores, exact)
-            while costs[best] > now and any(
-                s.error <= errors[best] and cost(s.config) <= costs[best] for s in path
+            while (
+                best
+                and costs[best] > now
+                and any(
+                    step.error <= errors[best] and cost(step.config) <= costs[best] for step in path
+                )
             ):
                 del costs[best]
                 best = best_move(costs, errors, now, scores, exact)
-            config = best.of(config)
+            if best is None:
+                break
+            if costs[best] > now:
+                ups -= 1
+            config = best.apply(config)
             path.append(Step(config, errors[best], bitops(supernet.table, config)))
             yield errors.advance(path[-1], best)
+    if cost(errors.now.config) > 1:
+        raise ValueError(
+            f"the limits are not reached: after {len(path) - 1} steps, the error is NaN or infinite"
+            " after every move down. Check weights, images and loss"
+        )
 
 
-def promising(
+def best_exchange(
     errors: Errors, supernet: Supernet, budget: float, size: float, exact: bool
 ) -> tuple[Move, ...]:
-    """The move up, alone or with one down, that promises the least error within the limits.
+    """Returns the move up, alone or with one move down, that promises the lowest error.
 
-    What a pair promises is the sum of what its moves change one by one, measured when it is about
-    to be taken. Empty where nothing promises less error than there is now.
+    The promise of a pair is the sum of the changes of its moves, each measured before it is taken.
+    Only pairs that keep the limits count. Returns () if none promises a lower error than now.
     """
     config, now = errors.now.config, errors.now.error
-    every = list(moves(config, supernet.candidates))
-    errors.prepare(every, exact)
-    ups, downs = ([m for m in every if (m.after > m.before) == up] for up in (True, False))
-    pairs = [(up,) for up in ups] + [(u, d) for u in ups for d in downs if d[:2] != u[:2]]
+    moves = list(possible_moves(config, supernet.candidates))
+    errors.measure_unknown(moves, exact)
+    ups = [move for move in moves if move.after > move.before]
+    downs = [move for move in moves if move.after < move.before]
+    singles = [(move,) for move in ups]
+    pairs = [(u, d) for u in ups for d in downs if (u.layer, u.part) != (d.layer, d.part)]
 
     @cache
     def fits(pair: tuple[Move, ...]) -> bool:
-        return share(supernet.table, after(config, pair), budget, size) <= 1
+        return used_share(supernet.table, apply_moves(config, pair), budget, size) <= 1
 
     while True:
-        promised = {pair: sum(errors[move] - now for move in pair) for pair in pairs}
-        less = sorted((p for p in pairs if promised[p] < 0), key=promised.__getitem__)
-        best = next(filter(fits, less), ())
-        stale = [move for move in best if move not in errors.fresh]
-        if not stale:
+        promised = {pair: sum(errors[move] - now for move in pair) for pair in singles + pairs}
+        lower = sorted((p for p in promised if promised[p] < 0), key=promised.__getitem__)
+        best = next(filter(fits, lower), ())
+        estimated = [move for move in best if move not in errors.measured]
+        if not estimated:
             return best
-        errors.measure(stale)
+        errors.measure(estimated)
 
 
-def exchanges(
+def exchange(
     errors: Errors, supernet: Supernet, budget: float, size: float, exact: bool
 ) -> Iterator[Step]:
-    """Steps on within the limits, by moves that are `promising`, as long as the error gets less."""
-    errors = Errors(errors.error, errors.now)  # what was measured on the way down is out of date
-    while taken := promising(errors, supernet, budget, size, exact):
-        config = after(errors.now.config, taken)
-        step = Step(config, errors.error(config), bitops(supernet.table, config))
-        if step.error >= errors.now.error:
-            break
-        yield errors.advance(step, *taken)
+    """Yields steps within the limits, each the `best_exchange`, while the error falls.
+
+    Stops, with a warning, after BOUND times as many steps as there are moves between the
+    smallest and the largest bits.
+    """
+    errors = Errors(errors.error, errors.now)  # changes measured on the way down are out of date
+    most = BOUND * count_moves(supernet.candidates)
+    for _ in range(most):
+        moves = best_exchange(errors, supernet, budget, size, exact)
+        config = apply_moves(errors.now.config, moves)
+        step = Step(config, errors.error(config), bitops(supernet.table, config)) if moves else None
+        if step is None or step.error >= errors.now.error:
+            return
+        yield errors.advance(step, *moves)
+    if most:
+        warnings.warn(
+            f"greedy search stops after {most} exchanges although the error still falls: is the"
+            " error function deterministic?",
+            stacklevel=2,
+        )
 
 
 def greedy(
@@ -149,33 +192,42 @@ def greedy(
     start: BitConfig | None = None,
     exact: bool = False,
 ) -> list[Step]:
-    """Bidirectional greedy search by inference alone (RFQuant, arXiv 2401.01543): its path.
+    """Bidirectional greedy search by inference alone (RFQuant, arXiv 2401.01543).
 
-    By the rule "ratio" each step moves the layer down by one candidate that adds the least error
-    for what it saves; once the limits hold, a move up is exchanged for one down as long as the
-    error gets less. By "paper", RFQuant's, moves up and down compete at every step for the least
-    weighted sum of error and cost. `up`: False leaves moves up out. `weights_first`: weights move
-    until `weight_target`, then activations, then both, should the limits not hold yet; else both
-    from the start. `budget`: BitOPs per image; `size`: bytes of weights; the cost is the larger
-    share of a limit. `start`: the largest bits if None. `exact`: measure every move at every step,
-    as the paper does, at many times the price. The last step is the result. Raises ValueError for
-    an unknown rule, or limits below the smallest bits.
+    Returns the path of the search; its last step is the result. `error`: of a configuration, such
+    as `batch_error`; NaN counts as infinite, and no move to an infinite error is taken. `budget`:
+    BitOPs per image. `size`: bytes of weights. The cost is the larger share of a limit.
+
+    `rule`: "ratio" takes, at each step, the move down that adds the least error for the cost that
+    it saves. Once the limits hold, it exchanges a move up for a move down while the error falls.
+    "paper" is RFQuant's rule: at each step, moves up and down compete for the smallest weighted sum
+    of error and cost. `up`: whether moves up are allowed. `weights_first`: change weights until
+    `weight_target`, then activations, then both if the limits do not hold yet; else both from the
+    start. `start`: where to go down from; None is the largest bits. `exact`: measure every move at
+    every step, as the paper does, which needs many times as many evaluations.
+
+    Raises ValueError for an option, a limit or a start that is not allowed, if the error of the
+    start is not finite, and if only moves to infinite errors are left before the limits hold.
     """
-    if rule not in RULES:
-        raise ValueError(f"rule={rule!r} is not allowed: one of {list(RULES)}")
+    check_options(rule=rule, up=up, weights_first=weights_first, exact=exact)
+    check_limits(supernet, budget, size)
+    if start is not None:
+        check_start(supernet, start, budget, size)
     table, config = supernet.table, start or largest(supernet.candidates)
-    if share(table, smallest(supernet.candidates), budget, size) > 1:
-        raise ValueError(
-            f"budget={budget / 1e9} G, size={size / 1e6} MB: no configuration is so small"
-        )
+    error = without_nan(error)
     path = [Step(config, error(config), bitops(table, config))]
+    if path[0].error == inf:
+        raise ValueError(
+            "the error of the configuration to start from is NaN or infinite: check weights, images"
+            " and loss"
+        )
     errors = Errors(error, path[0])
-    phases = {PARTS: budget}
+    phases = {BIT_WIDTHS: budget}
     if weights_first:
         phases = {("weight",): weight_target(table, config, budget), ("act",): budget} | phases
-    steps = descent(errors, supernet, phases, size, RULES[rule], up and rule == "paper", exact)
+    steps = lower_bits(errors, supernet, phases, size, RULES[rule], up and rule == "paper", exact)
     if up and rule == "ratio":
-        steps = chain(steps, exchanges(errors, supernet, budget, size, exact))
+        steps = chain(steps, exchange(errors, supernet, budget, size, exact))
     for step in (bar := tqdm(steps, "search", unit=" steps", leave=False)):
         path.append(step)
         bar.set_postfix_str(f"{step.bitops / 1e9:.3f} G BitOPs", refresh=False)

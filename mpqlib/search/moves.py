@@ -1,19 +1,20 @@
-"""Moves of a search: one bit-width of one layer, one candidate down or up, and what each costs."""
+"""Moves of a search: one bit-width of one layer goes to the next candidate below or above."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from math import isfinite
 from typing import NamedTuple
 
 from ..network.bits import BitConfig, Candidates
 from .error import Error
 
-PARTS = ("weight", "act")  # a layer's two bit-widths
+BIT_WIDTHS = Candidates._fields  # the two bit-widths of a layer: "weight" and "act"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One configuration on a search's path, its error and its BitOPs."""
+    """One configuration on the path of a search, with its error and its BitOPs per image."""
 
     config: BitConfig
     error: float
@@ -21,74 +22,89 @@ class Step:
 
 
 class Move(NamedTuple):
-    """A change of one of a layer's bit-widths, `part`: "weight" or "act"."""
+    """Changes one bit-width of one layer. `part`: "weight" or "act"."""
 
     layer: str
     part: str
     before: int
     after: int
 
-    def of(self, config: BitConfig) -> BitConfig:
-        """The configuration that it leads to from `config`."""
+    def apply(self, config: BitConfig) -> BitConfig:
+        """Returns `config` with this bit-width changed."""
         return config.replace(self.layer, config[self.layer]._replace(**{self.part: self.after}))
 
     @property
-    def back(self) -> "Move":
-        """The move that undoes it."""
+    def reverse(self) -> "Move":
+        """The move that undoes this one."""
         return self._replace(before=self.after, after=self.before)
 
 
-def after(config: BitConfig, taken: Iterable[Move]) -> BitConfig:
-    """The configuration that several moves lead to from `config`."""
-    return reduce(lambda c, move: move.of(c), taken, config)
+def apply_moves(config: BitConfig, moves: Iterable[Move]) -> BitConfig:
+    """Returns `config` with several bit-widths changed."""
+    return reduce(lambda changed, move: move.apply(changed), moves, config)
 
 
-def moves(
+def possible_moves(
     config: BitConfig,
     candidates: Mapping[str, Candidates],
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] = BIT_WIDTHS,
     up: bool = True,
 ) -> Iterator[Move]:
-    """Every move one candidate down or, with `up`, up from `config` in one bit-width of one layer.
+    """Yields every move from `config` to the next candidate below and, with `up`, above.
 
-    `parts`: which bit-widths may move.
+    `parts`: the bit-widths that may change.
     """
     for name, bits in config.items():
         for part in parts:
-            offered, now = getattr(candidates[name], part), getattr(bits, part)
-            at = offered.index(now)
-            for to in (at - 1, at + 1)[: 1 + up]:
-                if 0 <= to < len(offered):
-                    yield Move(name, part, now, offered[to])
+            choices, now = getattr(candidates[name], part), getattr(bits, part)
+            at = choices.index(now)
+            if at > 0:
+                yield Move(name, part, now, choices[at - 1])
+            if up and at + 1 < len(choices):
+                yield Move(name, part, now, choices[at + 1])
+
+
+def count_moves(candidates: Mapping[str, Candidates]) -> int:
+    """Returns how many moves lead from the smallest bits to the largest."""
+    return sum(len(choices) - 1 for pair in candidates.values() for choices in pair)
 
 
 @dataclass
 class Errors:
-    """What is known of the errors after each move, much of it measured at earlier steps.
+    """Errors after each move from the present step: measured, or estimated from earlier steps.
 
-    A move is taken to change the error by as much as it did when it was last measured.
+    An estimate assumes that a move changes the error as it did when it was last measured. An
+    infinite error gives no estimate, so its move is measured again at each step.
     """
 
     error: Error
     now: Step
-    changes: dict[Move, float] = field(default_factory=dict)  # error after a move less before
-    fresh: dict[Move, float] = field(default_factory=dict)  # errors measured at the present step
+    changes: dict[Move, float] = field(default_factory=dict)  # error after a move minus before
+    measured: dict[Move, float] = field(default_factory=dict)  # errors at the present step
 
     def measure(self, moves: Iterable[Move]) -> None:
-        """Measures the error after each move at the present step."""
+        """Measures the error after each of `moves`."""
         for move in moves:
-            self.fresh[move] = self.error(move.of(self.now.config))
-            self.changes[move] = self.fresh[move] - self.now.error
+            self.measured[move] = self.error(move.apply(self.now.config))
+            self.changes[move] = self.measured[move] - self.now.error
 
-    def prepare(self, moves: Iterable[Move], exact: bool) -> None:
-        """Measures the moves never seen or, with `exact`, all of them."""
-        self.measure(m for m in moves if exact or m not in self.changes)
+    def measure_unknown(self, moves: Iterable[Move], exact: bool) -> None:
+        """Measures those of `moves` that have no estimate or, with `exact`, no measured error."""
+
+        def is_known(move: Move) -> bool:
+            estimated = not exact and isfinite(self.changes.get(move, float("inf")))
+            return move in self.measured or estimated
+
+        self.measure(move for move in moves if not is_known(move))
 
     def __getitem__(self, move: Move) -> float:
-        return self.fresh.get(move, self.now.error + self.changes[move])
+        return self.measured.get(move, self.now.error + self.changes[move])
 
-    def advance(self, step: Step, *taken: Move) -> Step:
-        """Goes on from `step`, to which the moves `taken` led; a way back undoes its change."""
-        self.changes |= {move.back: -self.changes[move] for move in taken}
-        self.now, self.fresh = step, {}
+    def advance(self, step: Step, *moves: Move) -> Step:
+        """Makes `step`, reached by `moves`, the present step; returns it.
+
+        The reverse of each move is assumed to undo its change.
+        """
+        self.changes |= {move.reverse: -self.changes[move] for move in moves}
+        self.now, self.measured = step, {}
         return step

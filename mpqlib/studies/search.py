@@ -1,4 +1,4 @@
-"""Greedy search beside random and evolutionary search, and which of its rules is best."""
+"""Compare greedy search with random and evolutionary search, and the rules of greedy search."""
 
 import itertools
 import time
@@ -10,7 +10,6 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import t
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -18,20 +17,25 @@ from ..data import Splits
 from ..network.bits import BitConfig
 from ..network.cost import bitops_at
 from ..network.supernet import Supernet
+from ..report.intervals import t_interval
 from ..report.runs import measure
-from ..search.baselines import best_step, evolution, exhaustive, random_search
+from ..search.baselines import best_step, evaluate_all, evolution, random_search
 from ..search.error import Error, batch_error
 from ..search.greedy import greedy
 from ..search.moves import Step
 from ..training.evaluation import batch_statistics, norms_at, outside_norms
 
 
-def wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of images that are classified wrongly: a score in the place of cross-entropy."""
+def top1_error(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of images that are classified wrongly, 0 to 1: a search error other than the loss.
+
+    `logits`: (N, classes). `y`: labels (N).
+    """
     return (logits.argmax(1) != y).float().mean()
 
 
-# Options of `greedy`; `score`: "top-1" in the place of the loss; `images`: share of those at hand.
+# Options of `greedy`. `score`: "top-1" minimises `top1_error` in the place of the cross-entropy.
+# `images`: share of the images to score on.
 VARIANTS: dict[str, dict] = {
     "paper": dict(rule="paper"),
     "paper, no moves up": dict(rule="paper", up=False),
@@ -47,22 +51,27 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def tried(
+def run_variant(
     supernet: Supernet, x: Tensor, y: Tensor, levels: Sequence[float], variant: Mapping
 ) -> list[tuple[float, BitConfig, int]]:
-    """What one variant finds on x (N, C, H, W), y (N): level, configuration, evaluations."""
+    """Searches at each level; returns level, configuration and number of evaluations.
+
+    `x`: images (N, C, H, W). `y`: labels (N). `levels`: budgets, as in `bitops_at`. `variant`: one
+    of VARIANTS.
+    """
     options, found = dict(variant), []
-    loss = {"loss": cross_entropy, "top-1": wrong}[options.pop("score", "loss")]
+    loss = {"loss": cross_entropy, "top-1": top1_error}[options.pop("score", "loss")]
     n = round(len(y) * options.pop("images", 1))
     error = cache(batch_error(supernet, x[:n], y[:n], loss))
     for level in levels:
-        asked = cache(error)  # the levels share what they ask, and are counted one by one
+        # Levels share their evaluations, but each counts all that it asks for.
+        asked = cache(error)
         step = greedy(supernet, asked, bitops_at(supernet.table, level), **options)[-1]
         found.append((level, step.config, asked.cache_info().currsize))
     return found
 
 
-def judged(
+def compare_rules(
     supernet: Supernet,
     x: Tensor,
     y: Tensor,
@@ -71,27 +80,32 @@ def judged(
     levels: Sequence[float],
     variants: Mapping[str, Mapping],
 ) -> list[dict]:
-    """What each variant finds on each of the first `batches` of so many `images`: rows.
+    """Searches by each variant on each of several batches; returns one row per search.
 
-    x: images (N, C, H, W), y: labels (N). `judged`: the cross-entropy on all other images, which
-    that search has not seen; `evaluations`: how many configurations it took. Levels as in
-    `bitops_at`; `variants`: some of VARIANTS. Raises ValueError where no image is left to judge on.
+    `x`: images (N, C, H, W). `y`: labels (N). `images`: number of images in a batch. `batches`: use
+    the first ones. `levels`: budgets, as in `bitops_at`. `variants`: some of VARIANTS. Column
+    `judged`: cross-entropy in nats on all images outside of the batch, which the search has not
+    seen. Column `evaluations`: number of configurations that the search evaluated. Raises
+    ValueError if there are too few images for the batches, or none is left to judge by.
     """
     if batches * images > len(y) or images == len(y):
-        raise ValueError(f"images={images}, batches={batches}: there are only {len(y)} images")
+        raise ValueError(
+            f"images={images}, batches={batches} are not allowed: there are {len(y)} images, and"
+            " some must lie outside of each batch"
+        )
     rows = []
     for batch in range(batches):
         seen = (torch.arange(len(y), device=y.device) // images) == batch
         judge = batch_error(supernet, x[~seen], y[~seen])
         for name, variant in variants.items():
-            for level, config, count in tried(supernet, x[seen], y[seen], levels, variant):
+            for level, config, count in run_variant(supernet, x[seen], y[seen], levels, variant):
                 found = {"judged": judge(config), "evaluations": count}
                 rows.append({"arm": name, "level": level, "batch": batch, **found})
     return rows
 
 
 def literal_error(supernet: Supernet, x: Tensor, y: Tensor):
-    """`batch_error` by a whole pass for every configuration."""
+    """Returns the error of `batch_error`, computed by a whole pass for each configuration."""
     outside = outside_norms(supernet.eval())
 
     @torch.inference_mode()
@@ -102,24 +116,32 @@ def literal_error(supernet: Supernet, x: Tensor, y: Tensor):
     return error
 
 
-def timed(
+def time_search(
     supernet: Supernet, x: Tensor, y: Tensor, level: float, arm: str
 ) -> tuple[BitConfig, dict[str, float]]:
-    """What one search to `level` (as in `bitops_at`) finds: error, time (s), passes and steps.
+    """Searches once; returns the configuration, its error, and seconds, passes and steps taken.
 
-    `arm`: "fast", the default of `greedy`; "literal", RFQuant's rule as it is stated, with a whole
-    pass for every move at every step.
+    `level`: budget, as in `bitops_at`. `arm`: "fast" is the default of `greedy`. "literal" is
+    RFQuant's rule as the paper states it, with a whole pass for each move at each step.
     """
+    if arm not in ("fast", "literal"):
+        raise ValueError(f"arm={arm!r} is not allowed: 'fast' or 'literal'")
     options = dict(rule="paper", exact=True) if arm == "literal" else {}
     error = (literal_error if arm == "literal" else batch_error)(supernet, x, y)
-    asked, budget, start = [], bitops_at(supernet.table, level), time.perf_counter()
-    path = greedy(supernet, lambda config: asked.append(config) or error(config), budget, **options)
-    spent, end = time.perf_counter() - start, path[-1]
-    costs = dict(seconds=spent, passes=len(asked), steps=len(path) - 1)
-    return end.config, {"error": end.error} | costs
+    budget, passes = bitops_at(supernet.table, level), 0
+
+    def counted_error(config: BitConfig) -> float:
+        nonlocal passes
+        passes += 1
+        return error(config)
+
+    start = time.perf_counter()
+    path = greedy(supernet, counted_error, budget, **options)
+    costs = dict(seconds=time.perf_counter() - start, passes=passes, steps=len(path) - 1)
+    return path[-1].config, {"error": path[-1].error} | costs
 
 
-def side_by_side(
+def compare_speed(
     supernet: Supernet,
     x: Tensor,
     y: Tensor,
@@ -127,38 +149,28 @@ def side_by_side(
     levels: Sequence[float],
     arms: Sequence[str] = ("fast", "literal"),
 ) -> list[dict]:
-    """`timed` on the first `images` of x, y for each level and arm: rows.
+    """Times a search on the first `images` of x, y for each level and arm; returns one row each.
 
-    `judged`: the cross-entropy on all other images, if there are any.
+    `x`: images (N, C, H, W). `y`: labels (N). Column `judged`: cross-entropy in nats on all other
+    images, if there are any.
     """
     seen, rows = slice(images), []
     judge = batch_error(supernet, x[images:], y[images:]) if images < len(y) else None
     for level, arm in itertools.product(levels, arms):
-        config, found = timed(supernet, x[seen], y[seen], level, arm)
+        config, found = time_search(supernet, x[seen], y[seen], level, arm)
         judged = {"judged": judge(config)} if judge else {}
         rows.append({"arm": arm, "level": level, **found, **judged})
     return rows
 
 
-def differences_plot(differences: pd.DataFrame, base: str, label: str) -> Figure:
-    """Paired differences of all variants from `base` with their 95% intervals, best on top.
-
-    `differences`: rows of `claims.differences`; `label`: of what is compared, less is better.
-    """
-    rows = differences.sort_values("difference", ascending=False)
-    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.36 * len(rows)), layout="constrained")
-    spread = [rows["difference"] - rows["low"], rows["high"] - rows["difference"]]
-    axis.errorbar(rows["difference"], rows["compared"], xerr=spread, fmt="o", capsize=3, color="C0")
-    axis.axvline(0, color="0.6", linewidth=1)
-    axis.set(xlabel=f"{label}, less that of the rule {base!r}", ylabel="rule")
-    axis.locator_params(axis="x", nbins=6)
-    return figure
-
-
-def searches(
+def run_searches(
     supernet: Supernet, error: Error, budget: float, options: Mapping, seed: int
 ) -> dict[str, tuple[Step, int]]:
-    """Greedy search, then the two others with as many evaluations: result and evaluations."""
+    """Runs greedy search, then the others; returns their results and the number of evaluations.
+
+    All have as many evaluations as the greedy search needs. `budget`: BitOPs per image.
+    `options`: of `greedy`.
+    """
     known = cache(error)
     found = {"greedy": greedy(supernet, known, budget, **options)[-1]}
     count = known.cache_info().currsize
@@ -168,7 +180,7 @@ def searches(
     return {name: (step, count) for name, step in found.items()}
 
 
-def front(
+def measure_front(
     supernet: Supernet,
     error: Error,
     levels: Sequence[float],
@@ -176,56 +188,65 @@ def front(
     options: Mapping,
     seed: int,
     device: torch.device,
+    images: int,
 ) -> list[dict]:
-    """What each search finds at each level, and the uniform configurations, measured: rows."""
+    """Measures what each search finds at each level, and the uniform configurations: one row each.
 
-    def row(arm: str, level: float, config: BitConfig, evaluations: int) -> dict:
-        costs = measure(supernet, config, splits, images=2000, device=device)
+    `levels`: budgets, as in `bitops_at`. `options`: of `greedy`. `images`: for recalibration.
+    """
+    error = cache(error)  # paths to different budgets have configurations in common
+
+    def measure_row(arm: str, level: float, config: BitConfig, evaluations: int) -> dict:
+        costs = measure(supernet, config, splits, images=images, device=device)
         bits = {"bits": config.to_json(), "error": error(config), "evaluations": evaluations}
         budget = bitops_at(supernet.table, level) / 1e9
         return {"arm": arm, "level": level, "budget_g": budget, **costs, **bits}
 
-    uniform = sorted(
-        {b for c in supernet.candidates.values() for b in c.weight if len(c.weight) > 1}
-    )
-    error = cache(error)  # paths to different budgets begin alike
-    rows = [row("uniform", b, supernet.uniform(b), 0) for b in uniform]
+    searchable = [c.weight for c in supernet.candidates.values() if len(c.weight) > 1]
+    widths = sorted({b for choices in searchable for b in choices})
+    rows = [measure_row("uniform", b, supernet.uniform(b), 0) for b in widths]
     for level in levels:
-        found = searches(supernet, error, bitops_at(supernet.table, level), options, seed)
-        rows += [row(arm, level, step.config, count) for arm, (step, count) in found.items()]
+        budget = bitops_at(supernet.table, level)
+        found = run_searches(supernet, error, budget, options, seed)
+        rows += [measure_row(arm, level, step.config, n) for arm, (step, n) in found.items()]
     return rows
 
 
-def regrets(
+def measure_regret(
     supernet: Supernet, error: Error, levels: Sequence[float], options: Mapping, seed: int
 ) -> list[dict]:
-    """How far each search stays behind the optimum, on a supernet with few choices: rows."""
-    everything, rows = exhaustive(supernet, error), []
+    """Measures how far each search ends above the lowest error; returns one row per search.
+
+    `supernet`: with few configurations, such as from `restrict`. `levels`: budgets, as in
+    `bitops_at`. `options`: of `greedy`. Column `of`: number of all configurations.
+    """
+    everything, rows = evaluate_all(supernet, error), []
     for level in levels:
         budget = bitops_at(supernet.table, level)
         optimum = best_step(supernet, everything, budget)
-        for arm, (step, count) in searches(supernet, error, budget, options, seed).items():
+        for arm, (step, count) in run_searches(supernet, error, budget, options, seed).items():
             regret = {"regret": step.error - optimum.error, "evaluations": count}
             rows.append({"arm": arm, "level": level, **regret, "of": len(everything)})
     return rows
 
 
 def front_plot(rows: pd.DataFrame, value: str, label: str) -> Figure:
-    """A value over BitOPs, one line a search: means over seeds with their 95% t-intervals.
+    """Draws a value over BitOPs, one line per search: means over seeds with 95% t-intervals.
 
-    `rows`: columns `arm`, `seed`, `budget_g` (G) and `value`, which `label` describes.
+    `rows`: with columns `arm`, `seed`, `budget_g` (G BitOPs per image) and `value`. `label`:
+    describes the value.
     """
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     arms = list(rows["arm"].unique())
-    for i, (arm, colour) in enumerate(
-        zip(arms, sns.color_palette("colorblind", len(arms)), strict=True)
-    ):
+    colours = sns.color_palette("colorblind", len(arms))
+    for i, (arm, colour) in enumerate(zip(arms, colours, strict=True)):
         groups = rows[rows["arm"] == arm].groupby("budget_g")[value]
-        mean, n = groups.mean(), groups.count()
-        spread = t.ppf(0.975, (n - 1).clip(lower=1)) * groups.sem().fillna(0)
-        places = mean.index * (1 + 0.004 * (i - len(arms) / 2))  # side by side, to be told apart
+        points = pd.DataFrame([t_interval(v) for _, v in groups], index=list(groups.groups))
+        places = points.index * (1 + 0.004 * (i - len(arms) / 2))  # searches side by side
+        half = (points["high"] - points["mean"]).fillna(0)  # one seed has no interval
         style = dict(color=colour, marker="osD^v"[i % 5], capsize=2, label=arm)
-        axis.errorbar(places, mean, spread, linestyle="" if arm == "uniform" else "-", **style)
+        line = "" if arm == "uniform" else "-"
+        axis.errorbar(places, points["mean"], half, linestyle=line, **style)
     axis.set(xlabel="budget (G BitOPs per image, log scale)", ylabel=label, xscale="log")
     ticks = sorted(rows.loc[rows["arm"] == arms[0], "budget_g"].unique())
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)

@@ -9,10 +9,10 @@ from stand import SMALL_STANDS, STANDS, Stand, made_up_error
 
 from mpqlib.network.bits import largest, sample, smallest
 from mpqlib.network.cost import bitops, bitops_at
-from mpqlib.search.baselines import evolution, exhaustive, fitted, random_search, restricted
+from mpqlib.search.baselines import evaluate_all, evolution, fit_to_budget, random_search, restrict
 from mpqlib.search.error import batch_error
-from mpqlib.search.moves import moves
-from mpqlib.studies.search import regrets
+from mpqlib.search.moves import possible_moves
+from mpqlib.studies.search import measure_regret
 
 
 def seeded(seed):
@@ -25,20 +25,24 @@ def test_fitted_uses_the_budget_up(layers, seed, share):
     stand = Stand(*zip(*layers, strict=True))
     ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
     budget = ends[0] + share * (ends[1] - ends[0])
-    config = fitted(stand, sample(stand.candidates, seeded(seed)), budget, seeded(seed))
+    config = fit_to_budget(stand, sample(stand.candidates, seeded(seed)), budget, seeded(seed))
     assert bitops(stand.table, config) <= budget
-    for move in moves(config, stand.candidates, ("weight", "act")):
-        assert move.after < move.before or bitops(stand.table, move.of(config)) > budget
+    for move in possible_moves(config, stand.candidates, ("weight", "act")):
+        assert move.after < move.before or bitops(stand.table, move.apply(config)) > budget
 
 
 @settings(max_examples=20, deadline=None)
 @given(SMALL_STANDS, st.integers(0, 999), st.floats(0, 1))
 def test_exhaustive_is_every_configuration_and_nothing_beats_it(layers, seed, share):
     stand, error = Stand(*zip(*layers, strict=True)), made_up_error(seed)
-    everything = exhaustive(stand, error)
+    everything = evaluate_all(stand, error)
     assert everything == {config: error(config) for config in stand.every()}
     ends = [bitops(stand.table, end(stand.candidates)) for end in (smallest, largest)]
-    rows = regrets(stand, error, [3, 4], {}, seed) if ends[0] <= bitops_at(stand.table, 3) else []
+    rows = (
+        measure_regret(stand, error, [3, 4], {}, seed)
+        if ends[0] <= bitops_at(stand.table, 3)
+        else []
+    )
     for row in rows:
         assert row["regret"] >= 0 and row["of"] == len(everything)
 
@@ -71,7 +75,7 @@ def test_evolution_beats_random_search_on_average():
 
 
 def test_a_restricted_network_shares_all_but_the_choices(supernet):
-    view = restricted(supernet, 2, (2, 4), rest=3)
+    view = restrict(supernet, 2, (2, 4), rest=3)
     whole = supernet.candidates
     free = {name: c for name, c in view.candidates.items() if len(whole[name].weight) > 1}
     assert list(free.values()) == [((4,), (4,)), ((2, 4), (2, 4))]  # depth-wise: no 2 bits
@@ -79,4 +83,4 @@ def test_a_restricted_network_shares_all_but_the_choices(supernet):
     x, y = images(16, seed=1).tensors
     config = smallest(view.candidates)
     assert torch.equal(view(x, config), supernet(x, config))
-    assert len(exhaustive(view, batch_error(view, x, y))) == 4
+    assert len(evaluate_all(view, batch_error(view, x, y))) == 4

@@ -1,12 +1,16 @@
 """The search against a literal reading of its rule, and against every configuration there is."""
 
 import itertools
+import random
+import re
 import statistics
+import warnings
+from math import inf, isfinite, nan
 
 import pytest
 import torch
 from conftest import images
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from stand import SMALL_STANDS, STANDS, Stand, made_up_error
 
@@ -14,7 +18,7 @@ from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops
 from mpqlib.search.error import batch_error
 from mpqlib.search.greedy import greedy, weight_target
-from mpqlib.search.moves import moves
+from mpqlib.search.moves import possible_moves
 
 
 def literal_greedy(stand, error, budget, rule):
@@ -221,11 +225,11 @@ def test_an_unknown_rule_is_refused():
 def test_moves_are_all_neighbours_in_one_bit_width():
     stand = Stand((1, 1), [((2, 3, 4), (2, 4)), ((8,), (8,))])
     config = BitConfig.of({"l0": (3, 2), "l1": (8, 8)})
-    found = list(moves(config, stand.candidates, ["weight", "act"]))
-    assert {move.of(config)["l0"] for move in found} == {(2, 2), (4, 2), (3, 4)}
-    assert all(move.of(config)["l1"] == (8, 8) for move in found)
-    weights = moves(config, stand.candidates, ["weight"])
-    assert {move.of(config)["l0"] for move in weights} == {(2, 2), (4, 2)}
+    found = list(possible_moves(config, stand.candidates, ["weight", "act"]))
+    assert {move.apply(config)["l0"] for move in found} == {(2, 2), (4, 2), (3, 4)}
+    assert all(move.apply(config)["l1"] == (8, 8) for move in found)
+    weights = possible_moves(config, stand.candidates, ["weight"])
+    assert {move.apply(config)["l0"] for move in weights} == {(2, 2), (4, 2)}
 
 
 def test_weights_go_half_of_the_way():
@@ -239,7 +243,7 @@ def test_weights_go_half_of_the_way():
 
 def test_a_budget_out_of_reach_is_refused():
     stand = Stand((1, 1), [((2, 4),) * 2] * 2)
-    with pytest.raises(ValueError, match="no configuration"):
+    with pytest.raises(ValueError, match=r"budget=7\.9 .* is not allowed: at least 8 "):
         greedy(stand, lambda config: 0.0, 7.9)
 
 
@@ -261,7 +265,7 @@ def test_size_alone_and_both_limits_are_kept(layers, seed, share, size_share, we
 
 def test_a_size_out_of_reach_is_refused():
     stand = Stand((1_000_000,), [((2, 4),) * 2])
-    with pytest.raises(ValueError, match=r"size=0\.2 MB: no configuration"):
+    with pytest.raises(ValueError, match=r"size=2e\+05 \(0\.2 MB\) is not allowed"):
         greedy(stand, made_up_error(0), size=0.2e6)
 
 
@@ -272,3 +276,80 @@ def test_batch_error_is_the_cross_entropy_with_the_batch_s_statistics(supernet):
     logits = supernet(x, config).detach()  # in training mode norms use the batch
     expected = -logits.log_softmax(1)[torch.arange(32), y].mean()
     assert batch_error(supernet, x, y)(config) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def spoiled_error(seed, kind):
+    """Made-up errors of which some, or all, are no finite numbers, or differ when asked again."""
+    rng, error = random.Random(seed), made_up_error(seed)
+    bad = {"nan": [nan], "infinite": [inf], "minus infinite": [-inf], "mixed": [nan, inf, -inf]}
+
+    def spoiled(config):
+        if kind == "noise":
+            return rng.random()
+        if kind == "all nan":
+            return nan
+        # The same configuration is always bad, or never.
+        own = random.Random(f"{seed} {sorted(config.items())}")
+        return own.choice(bad[kind]) if own.random() < 0.3 else error(config)
+
+    return spoiled
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    STANDS,
+    st.integers(0, 999),
+    st.sampled_from(["nan", "infinite", "minus infinite", "mixed", "noise", "all nan"]),
+    st.sampled_from(["paper", "ratio"]),
+    st.booleans(),
+)
+def test_every_search_ends_within_the_budget_or_says_why(layers, seed, kind, rule, exact):
+    stand, error, calls = Stand(*zip(*layers, strict=True)), spoiled_error(seed, kind), []
+    low, high = (bitops(stand.table, end(stand.candidates)) for end in (smallest, largest))
+    assume(low < high)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the number of exchanges is bounded, with a warning
+            path = greedy(
+                stand,
+                lambda config: calls.append(config) or error(config),
+                (low + high) / 2,
+                rule=rule,
+                exact=exact,
+            )
+    except ValueError as reason:
+        assert kind != "noise" and re.search("NaN or infinite", str(reason))
+    else:
+        assert kind != "all nan"
+        assert isfinite(path[-1].error) and path[-1].bitops <= (low + high) / 2
+    moves = sum(len(choices) for pair in stand.candidates.values() for choices in pair)
+    assert len(calls) <= 20 * moves * (moves + moves**2)
+
+
+@pytest.mark.parametrize("rule", ["paper", "ratio"])
+def test_a_layer_whose_small_bits_give_nan_keeps_its_bits(rule):
+    stand = Stand((10, 10), [((2, 4, 6),) * 2] * 2)
+    error = made_up_error(0)
+
+    def nan_below_four_bits(config):
+        return nan if config["l0"].weight < 4 else error(config)
+
+    found = greedy(stand, nan_below_four_bits, 300, rule=rule)[-1]
+    assert found.config["l0"].weight >= 4 and isfinite(found.error) and found.bitops <= 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "papers"}, "rule='papers'"),
+        ({"budget": "3.0"}, "budget='3.0'"),
+        ({"budget": nan}, "budget=nan"),
+        ({"size": -1}, "size=-1"),
+        ({"size": "2"}, "size='2'"),
+        ({"exact": "no"}, "exact='no'"),
+    ],
+)
+def test_options_that_are_not_allowed_are_named(options, message):
+    stand = Stand((1, 1), [((2, 4),) * 2] * 2)
+    with pytest.raises(ValueError, match=message):
+        greedy(stand, made_up_error(0), **({"budget": 20} | options))

@@ -31,7 +31,7 @@ SETTING = scheduler_ablation.Setting(
 
 @pytest.fixture(scope="module")
 def splits():
-    return scheduler_ablation.in_memory(data.load("digits", image_size=16, train_images=64))
+    return scheduler_ablation.load_into_memory(data.load("digits", image_size=16, train_images=64))
 
 
 def test_images_in_memory_are_those_of_the_splits(splits):
@@ -45,11 +45,11 @@ def test_images_in_memory_are_those_of_the_splits(splits):
 def test_arms_are_studied_once_and_keep_their_budget(splits, tmp_path):
     cpu, rows = torch.device("cpu"), {}
     for arm in ("plain", "both"):
-        rows[arm] = scheduler_ablation.study(SETTING, splits, arm, 0, tmp_path, cpu)
+        rows[arm] = scheduler_ablation.run_arm(SETTING, splits, arm, 0, tmp_path, cpu)
     names = [row["configuration"] for row in rows["plain"]]
     assert names == [row["configuration"] for row in rows["both"]]
     assert names == ["searched 3", "uniform 2", "uniform 4"]
-    supernet = scheduler_ablation.trained(
+    supernet = scheduler_ablation.train_arm(
         SETTING, splits, "plain", 0, tmp_path, cpu
     )  # from its checkpoint
     for arm, found in rows.items():
@@ -62,4 +62,4 @@ def test_arms_are_studied_once_and_keep_their_budget(splits, tmp_path):
     kept = json.loads(file.read_text())
     file.unlink()
     remembered(file, kept["about"], lambda: [{"top1": -1.0}])
-    assert scheduler_ablation.study(SETTING, splits, "plain", 0, tmp_path, cpu)[0]["top1"] == -1.0
+    assert scheduler_ablation.run_arm(SETTING, splits, "plain", 0, tmp_path, cpu)[0]["top1"] == -1.0
