@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -106,6 +107,7 @@ class Supernet(nn.Module):
     layers, or in which a layer cannot be quantized or counted. Source: RFQuant (arXiv 2401.01543).
     """
 
+    @torch.inference_mode(False)  # parameters made in inference mode could not be trained
     def __init__(
         self,
         model: nn.Module,

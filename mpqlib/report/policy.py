@@ -131,6 +131,7 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
     )
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could not be trained
 def load_policy(
     path: str | Path,
     *,

@@ -57,6 +57,19 @@ def test_a_policy_of_a_named_network_comes_back_in_one_call(tmp_path):
     assert not policy.training and policy.config == config and policy.about["classes"] == 3
 
 
+def test_a_policy_loaded_in_inference_mode_can_be_trained(tmp_path):
+    torch.manual_seed(0)
+    x = images(8).tensors[0].repeat(1, 1, 4, 4)  # (8, 3, 32, 32)
+    supernet = Supernet(mpqlib.models.create("test_resnet", 3), x, (2, 4))
+    about = {"model": "test_resnet", "classes": 3}
+    path = mpqlib.save_policy(tmp_path, supernet, supernet.uniform(4), about)
+    with torch.inference_mode():
+        policy = mpqlib.load_policy(path)
+    policy(x).sum().backward()
+    layers = policy.supernet.layers.values()
+    assert all(layer.op.weight.grad is not None for layer in layers)
+
+
 @pytest.mark.parametrize("pair_norms", [True, False])
 @pytest.mark.parametrize("edge_bits", [8, None])
 def test_a_policy_of_an_own_network_comes_back(tmp_path, pair_norms, edge_bits):
