@@ -73,3 +73,32 @@ def test_only_what_depends_on_the_changed_layer_is_run(supernet):
     outputs(config)
     outputs(config.replace("pointwise", Bits(2, 4)))
     assert ran[4:] == ["pointwise", "last"]
+
+
+class AddedInPlace(nn.Module):
+    """The output of one convolution, to which that of another one is added in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 4, 1), nn.Linear(4, 3)
+        self.one, self.other = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.one(x)
+        y.add_(self.other(x))
+        return self.last(y.mean((2, 3)))
+
+
+@torch.no_grad()
+def test_what_is_added_in_place_is_added_once():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4)
+    supernet = Supernet(AddedInPlace(), x, (2, 4)).eval()
+    outputs, config = Incremental(supernet, x), supernet.uniform(4)
+    assert outputs.divisible
+    for layer in [None, "other", "one", "other"]:
+        if layer:
+            bits = 2 if config[layer].weight == 4 else 4
+            config = config.replace(layer, Bits(bits, bits))
+        assert torch.equal(outputs(config), supernet(x, config)), layer

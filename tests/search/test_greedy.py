@@ -353,3 +353,19 @@ def test_options_that_are_not_allowed_are_named(options, message):
     stand = Stand((1, 1), [((2, 4),) * 2] * 2)
     with pytest.raises(ValueError, match=message):
         greedy(stand, made_up_error(0), **({"budget": 20} | options))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_an_exchange_is_measured_before_it_is_taken(seed):
+    stand, error = Stand((5, 20, 10, 7), [((2, 3, 4, 5, 6),) * 2] * 4), made_up_error(seed)
+    asked = set()
+    low, high = (bitops(stand.table, end(stand.candidates)) for end in (smallest, largest))
+    budget = (2 * low + high) / 3
+    path = greedy(stand, lambda config: asked.add(config) or error(config), budget)
+    within = [step.config for step in path if step.bitops <= budget]
+    for before, after in itertools.pairwise(within):
+        for name in before:
+            for part in ("weight", "act"):
+                bits = getattr(after[name], part)
+                if bits != getattr(before[name], part):
+                    assert before.replace(name, before[name]._replace(**{part: bits})) in asked
