@@ -86,7 +86,7 @@ class AddedInPlace(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         y = self.one(x)
-        y.add_(self.other(x))
+        y = y.add_(self.other(x))
         return self.last(y.mean((2, 3)))
 
 
