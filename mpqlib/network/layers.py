@@ -1,12 +1,13 @@
 """Layers that run at any candidate bit-width, or in float."""
 
 import copy
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from .bits import Bits, Candidates
-from .quantizer import Quantizer
+from .quantizer import Quantizer, nested_step
 
 
 class QuantLinear(nn.Module):
@@ -14,17 +15,26 @@ class QuantLinear(nn.Module):
 
     `op`: the float layer, unchanged. `example`: values that it reads; they set the initial steps
     and the sign of the activations. `float_input`: do not quantize the input (first layers read the
-    image). The arithmetic is the float layer's own forward, so subclasses keep their behaviour.
-    Attributes of the float layer, such as `weight` or `in_features`, can be read here, too.
+    image). `weight_step`: rule for the initial steps of the weights. `scale_step_gradient`: as in
+    `Quantizer`. The arithmetic is the float layer's own forward, so subclasses keep their
+    behaviour. Attributes of the float layer, such as `weight` or `in_features`, can be read here,
+    too.
     """
 
     def __init__(
-        self, op: nn.Module, example: Tensor, candidates: Candidates, float_input: bool = False
+        self,
+        op: nn.Module,
+        example: Tensor,
+        candidates: Candidates,
+        float_input: bool = False,
+        weight_step: Callable[[Tensor, int, bool], Tensor] = nested_step,
+        scale_step_gradient: bool = False,
     ):
         super().__init__()
         self.op = op
-        self.weight_quantizer = Quantizer(candidates.weight, op.weight, signed=True)
-        self.act_quantizer = None if float_input else Quantizer(candidates.act, example)
+        scaled = dict(scale_step_gradient=scale_step_gradient)
+        self.weight_quantizer = Quantizer(candidates.weight, op.weight, True, weight_step, **scaled)
+        self.act_quantizer = None if float_input else Quantizer(candidates.act, example, **scaled)
         self.bits: Bits | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear and nn.Conv2d
@@ -59,10 +69,12 @@ class QuantConvBN(QuantLinear):
         example: Tensor,
         candidates: Candidates,
         float_input: bool = False,
+        *,
         norm: nn.Module | None = None,
         pair_norms: bool = True,
+        **steps,
     ):
-        super().__init__(op, example, candidates, float_input)
+        super().__init__(op, example, candidates, float_input, **steps)
         self.norm = norm or nn.Identity()
         self.pair_norms = pair_norms
         pairs = [Bits(w, a) for w in candidates.weight for a in candidates.act]

@@ -90,7 +90,7 @@ def lsq(
     step: Tensor,
     bits: int,
     signed: bool,
-    scale_step_gradient: bool = True,
+    scale_step_gradient: bool = False,
     compile: bool = False,
 ) -> Tensor:
     """Fake-quantizes `x` (any shape) with a scalar `step`; same shape (LSQ, equations 1-3).
@@ -103,21 +103,41 @@ def lsq(
     return LSQ.apply(x, step, q_min, q_max, scale, compile)
 
 
-def initial_step(x: Tensor, bits: int, signed: bool) -> Tensor:
+def _positive(step: Tensor) -> Tensor:
+    # A tensor of zeros (a pruned layer, a dead input) has no scale: any positive step is exact.
+    return torch.where(step > 0, step, torch.ones_like(step))
+
+
+def lsq_step(x: Tensor, bits: int, signed: bool) -> Tensor:
     """LSQ's initial step 2 * mean|x| / sqrt(q_max), a scalar (arXiv 1902.08153, section 2.1)."""
     _, q_max = integer_range(bits, signed)
-    mean = x.detach().abs().mean()
-    # A tensor of zeros (a pruned layer, a dead input) has no scale: any positive step is exact.
-    return torch.where(mean > 0, 2 * mean / q_max**0.5, torch.ones_like(mean))
+    return _positive(2 * x.detach().abs().mean() / q_max**0.5)
+
+
+def nested_step(x: Tensor, bits: int, signed: bool = True) -> Tensor:
+    """Initial step of weights x, max(|mean - 3 std|, |mean + 3 std|) / 2^(bits - 1), a scalar.
+
+    The grids of all bit-widths end at the same value, so that each grid is a part of the next finer
+    one. Raises ValueError for an unsigned range. Source: RFQuant's release.
+    """
+    if not signed:
+        raise ValueError("signed=False is not allowed: nested steps are for signed weights")
+    x = x.detach()
+    spread = 3 * x.std(correction=min(1, x.numel() - 1))  # one weight alone has no spread
+    return _positive((x.mean().abs() + spread) / 2 ** (bits - 1))
+
+
+INITIAL_STEPS = {"nested": nested_step, "lsq": lsq_step}
 
 
 class Quantizer(nn.Module):
     """LSQ quantizer with one learned step per bit-width.
 
-    `bits`: its bit-widths. `example`: a tensor of any shape that sets the initial steps. The range
-    is signed if `example` holds a negative value, unless `signed` is given. Raises ValueError if
-    `bits` is empty or holds anything but whole numbers from 2 to 16. Source: LSQ (arXiv
-    1902.08153), with one step per bit-width as in RFQuant (arXiv 2401.01543).
+    `bits`: its bit-widths. `example`: a tensor of any shape that sets the initial steps by the rule
+    `initial_step`. The range is signed if `example` holds a negative value, unless `signed` is
+    given. `scale_step_gradient`: scale the gradients of the steps as LSQ does; RFQuant's release
+    does not. Raises ValueError if `bits` is empty or holds anything but whole numbers from 2 to 16.
+    Source: LSQ (arXiv 1902.08153), with one step per bit-width as in RFQuant (arXiv 2401.01543).
     """
 
     def __init__(
@@ -125,7 +145,8 @@ class Quantizer(nn.Module):
         bits: Iterable[int],
         example: Tensor,
         signed: bool | None = None,
-        scale_step_gradient: bool = True,
+        initial_step: Callable[[Tensor, int, bool], Tensor] = lsq_step,
+        scale_step_gradient: bool = False,
     ):
         super().__init__()
         self.bits = tuple(sorted(set(bits)))

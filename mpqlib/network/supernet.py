@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize, prune
 from .bits import BitConfig, Candidates, check_bits, smallest
 from .layers import QuantConvBN, QuantLinear
 from .observation import Observation, check_quantized, observe
-from .quantizer import Quantizer
+from .quantizer import INITIAL_STEPS, Quantizer
 from .tracing import LAYERS, Structure, trace
 
 
@@ -96,15 +96,20 @@ class Supernet(nn.Module):
     signs and the layer table. `bits`: candidates of ordinary layers; depth-wise convolutions drop
     those below `depthwise_min`. `edge_bits`: width of the first layers (their input stays float)
     and of the last ones, or None to treat them as ordinary layers. `overrides`: candidates of
-    layers by name. `pair_norms`: a batch norm per bit-width pair, or one for all.
+    layers by name. `pair_norms`: a batch norm per bit-width pair, or one for all. `weight_steps`:
+    initial steps of the weights, "nested" (RFQuant's release: all grids end at the same value) or
+    "lsq" (LSQ's own, larger at few bits). `scale_step_gradient`: scale the gradients of the steps
+    as LSQ does; RFQuant's release does not. Initial steps of activations come from the float
+    network; RFQuant's release takes them from its first quantized batch.
 
     Attributes: `table` describes the quantized layers, `float_parts` everything else that computes:
     other kinds of layers, and functions that the model calls itself, such as attention. Float parts
     count neither in BitOPs nor in model size; a UserWarning names them and their share of the MACs.
 
-    Raises ValueError, and leaves the model unchanged, for bits that are not allowed, an unknown
-    layer name in `overrides`, and a model that torch.fx cannot trace, that already holds quantized
-    layers, or in which a layer cannot be quantized or counted. Source: RFQuant (arXiv 2401.01543).
+    Raises ValueError, and leaves the model unchanged, for bits or steps that are not allowed, an
+    unknown layer name in `overrides`, and a model that torch.fx cannot trace, that already holds
+    quantized layers, or in which a layer cannot be quantized or counted. Source: RFQuant (arXiv
+    2401.01543).
     """
 
     @torch.inference_mode(False)  # parameters made in inference mode could not be trained
@@ -118,6 +123,8 @@ class Supernet(nn.Module):
         edge_bits: int | None = 8,
         overrides: Mapping[str, Candidates] | None = None,
         pair_norms: bool = True,
+        weight_steps: str = "nested",
+        scale_step_gradient: bool = False,
     ):
         super().__init__()
         bits = check_bits("bits", bits)
@@ -126,6 +133,11 @@ class Supernet(nn.Module):
             name: Candidates(*(check_bits(f"overrides[{name!r}]", b) for b in pair))
             for name, pair in (overrides or {}).items()
         }
+        if weight_steps not in INITIAL_STEPS:
+            raise ValueError(f"weight_steps={weight_steps!r} is not allowed: {list(INITIAL_STEPS)}")
+        steps = dict(
+            weight_step=INITIAL_STEPS[weight_steps], scale_step_gradient=scale_step_gradient
+        )
         _check_float_model(model)
         structure = trace(model)
         if unknown := set(overrides) - set(structure.norms):
@@ -149,7 +161,7 @@ class Supernet(nn.Module):
         self.model = model
         replacement = _Replacement(model)
         try:
-            self._replace_layers(replacement, structure, seen, pair_norms)
+            self._replace_layers(replacement, structure, seen, pair_norms, steps)
             self.set_bits(smallest(self.candidates))
             check_quantized(model, example, self.layers, seen)
         except BaseException:
@@ -166,6 +178,7 @@ class Supernet(nn.Module):
         structure: Structure,
         seen: Mapping[str, Observation],
         pair_norms: bool,
+        steps: Mapping,
     ) -> None:
         """Puts quantized layers in the place of the model's layers and their batch norms."""
         made: dict[str, QuantLinear] = {}
@@ -173,10 +186,10 @@ class Supernet(nn.Module):
             op, norm = self.model.get_submodule(info.name), structure.norms[info.name]
             common = (op, seen[info.name].values, info.candidates, info.name in self.first)
             if isinstance(op, nn.Linear):
-                layer = QuantLinear(*common)
+                layer = QuantLinear(*common, **steps)
             else:
                 norm_module = self.model.get_submodule(norm) if norm else None
-                layer = QuantConvBN(*common, norm_module, pair_norms)
+                layer = QuantConvBN(*common, norm=norm_module, pair_norms=pair_norms, **steps)
             if info.tied_to:
                 layer.weight_quantizer = made[info.tied_to].weight_quantizer
             made[info.name] = layer

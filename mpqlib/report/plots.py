@@ -42,26 +42,28 @@ def training_curves(histories: Mapping[str, Sequence[Mapping]]) -> Figure:
 
 
 def turbulence_map(history: Sequence[Mapping]) -> Figure:
-    """Turbulence of each layer in each epoch; a cross marks a frozen smallest bit-width.
+    """Turbulence of each layer at each decision of the scheduler; dots mark frozen layers.
 
     `history`: of a supernet, from `train`.
     """
-    values = pd.DataFrame([row["turbulence"] for row in history]).T
-    full = {name: len(bits) for name, bits in history[0]["candidates"].items()}
-    for row in history:
-        full = {name: max(full[name], len(bits)) for name, bits in row["candidates"].items()}
-    ranked = [name for name in values.index if full[name] > 1]
-    frozen = [["x" if len(r["candidates"][n]) < full[n] else "" for r in history] for n in ranked]
-    size = (max(5, 2.5 + 0.45 * len(history)), 1 + 0.22 * len(ranked))
+    decisions = [decision for row in history for decision in row["decisions"]]
+    values = pd.DataFrame([decision["turbulence"] for decision in decisions]).T
+    size = (max(5, 3 + 0.12 * len(decisions)), 1.4 + 0.22 * len(values))
     figure, axis = plt.subplots(figsize=size, layout="constrained")
+    labels = dict(xlabel="training step (dot: smallest weight bit-width frozen)", ylabel="layer")
+    if values.empty:
+        axis.set(**labels, title="no decision of the scheduler")
+        return figure
     bar = {"label": "turbulence (unstable share / bits)"}
-    epochs = [row["epoch"] for row in history]
-    sns.heatmap(
-        values.loc[ranked], annot=np.array(frozen), fmt="", cmap="mako_r", cbar_kws=bar, ax=axis
-    )
-    axis.set(xlabel="epoch (x: smallest bit-width frozen)", ylabel="layer")
-    axis.set_xticks(np.arange(len(epochs)) + 0.5, epochs, rotation=0)
-    axis.set_yticks(np.arange(len(ranked)) + 0.5, ranked, rotation=0)
+    sns.heatmap(values, cmap="mako_r", cbar_kws=bar, ax=axis)
+    frozen = np.array([[name in d["frozen"] for d in decisions] for name in values.index])
+    rows, columns = frozen.nonzero()
+    axis.plot(columns + 0.5, rows + 0.5, "o", color="C1", markersize=4)
+    every = max(1, len(decisions) // 8)
+    steps = [decision["step"] for decision in decisions[::every]]
+    axis.set_xticks(np.arange(len(decisions))[::every] + 0.5, steps, rotation=0)
+    axis.set_yticks(np.arange(len(values)) + 0.5, values.index, rotation=0)
+    axis.set(**labels)
     return figure
 
 

@@ -103,7 +103,11 @@ def quantizer_ratios(
 def turbulence_call(name: str, repeats: int = 9, device: str | torch.device = "cpu") -> list[float]:
     """Milliseconds that the turbulence of all of a model's layers takes, per repeat."""
     layers = list(setting(name, 64, 2, device)[3].layers.values())
-    return [1e3 * seconds(lambda: [turbulence(layer) for layer in layers]) for _ in range(repeats)]
+
+    def call() -> list[float]:
+        return [turbulence(layer, layer.weight_quantizer.bits) for layer in layers]
+
+    return [1e3 * seconds(call) for _ in range(repeats)]
 
 
 def recalibration(

@@ -10,6 +10,7 @@ from torch.linalg import vector_norm
 
 from ..network.bits import Bits, Candidates
 from ..network.layers import QuantLinear
+from ..network.quantizer import integer_range
 
 
 def lowest_layers(config: Mapping[str, Bits], candidates: Mapping[str, Candidates]) -> list[str]:
@@ -81,19 +82,32 @@ def idm_loss(distortions: Mapping[str, Sequence[Tensor]]) -> Tensor:
     return total
 
 
-def grid_loss(layers: Mapping[str, QuantLinear], config: Mapping[str, Bits]) -> Tensor:
-    """Squared distance of latent weights to their grid points at `config`, summed: a scalar.
+def grid_loss(
+    layers: Mapping[str, QuantLinear],
+    config: Mapping[str, Bits],
+    candidates: Mapping[str, Candidates],
+) -> Tensor:
+    """Squared distance of latent weights to grid points shared with the smallest bits, a scalar.
 
-    A weight counts only if its grid point is not on the grid of the smallest bit-width: rounding
-    the point to that coarser grid and back moves it. (RFQuant's release; rounding back and forth is
-    our reading of "shared", since every bit-width learns a step of its own.)
+    A weight counts if the integer that it rounds to is a multiple of 2^(bits - smallest), so that
+    nested grids share the point, and if it is not clipped. So all of them count in a layer at its
+    smallest current weight candidate. A layer's squares are added up over the first dimension
+    (output channels) and averaged over the others; layers are added up. Layers with one weight
+    candidate are left out. Source: RFQuant's release.
     """
     total = torch.zeros(())
     for name, layer in layers.items():
-        weight, quantize, bits = layer.op.weight, layer.weight_quantizer, config[name].weight
+        offered = candidates[name].weight
+        if len(offered) == 1:
+            continue
+        weight, bits = layer.op.weight, config[name].weight
         with torch.no_grad():
-            x_hat = quantize(weight, bits)
-            back = quantize(quantize(x_hat, quantize.bits[0]), bits)
-            own = back != x_hat
-        total = total.to(weight) + ((weight - x_hat) * own).square().sum()
+            step = layer.weight_quantizer.step(bits)
+            q_min, q_max = integer_range(bits, signed=True)
+            v = weight / step
+            integers = v.round()
+            counts = (integers % 2 ** (bits - min(offered)) == 0) & (q_min < v) & (v < q_max)
+            x_hat = integers * step
+        squares = ((weight - x_hat) * counts).square()
+        total = total.to(weight) + squares.sum(0).mean()
     return total

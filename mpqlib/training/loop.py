@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from ..files import check_settings, load_state, plain, remove_leftovers, save_state, set_tensors
-from ..network.bits import Candidates, sample
+from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet
 from .evaluation import select_device, select_dtype
 from .optimization import (
@@ -27,10 +27,15 @@ from .optimization import (
     check_gradients,
     check_weights,
     create_optimizers,
-    decay_outside_region,
-    schedule_learning_rate,
+    decay_by_region,
+    learning_rate,
+    part_of,
+    set_learning_rates,
+    step_learning_rate,
+    step_sizes,
+    step_travel,
 )
-from .scheduler import cosine, freeze, freeze_share, is_freeze_epoch, turbulence
+from .scheduler import cosine, freeze, freeze_share, is_decision, turbulence
 from .step import float_gradients, one_shot_gradients
 
 # Smallest and largest value allowed of settings; any other number is at least 0.
@@ -39,10 +44,10 @@ RANGES = {
     "momentum": (0, 1),
     "ema_decay": (0, 1),
     "label_smoothing": (0, 1),
+    "schedule_parts": (1, math.inf),
     "freeze_every": (1, math.inf),
     "freeze_late": (0, 1),
     "freeze_late_every": (1, math.inf),
-    "grid_start": (0, 1),
     "seed": (0, 2**63 - 1),
 }
 
@@ -51,32 +56,35 @@ RANGES = {
 class TrainConfig:
     """Settings of a training run; the defaults are those of RFQuant's release (arXiv 2401.01543).
 
-    Epochs count from 0. numpy scalars become Python's numbers. Raises ValueError for a value that
+    All schedules divide the training into `schedule_parts` equal parts, counted from 0. With the
+    default, training of any length runs through the schedules of the release, whose parts are its
+    150 epochs. numpy scalars become Python's numbers. Raises ValueError for a value that
     is not allowed, and TypeError for an unknown setting.
     """
 
     epochs: int = 150
     batch_size: int = 512  # images in a step, over all processes
     random_paths: int = 3  # random configurations in a step, beside the largest one
-    lr: float = 0.04  # peak learning rate of SGD, cosine to 0
-    warmup_epochs: float = 5
+    schedule_parts: int = 150  # equal parts of training, in which the schedules count
+    lr: float = 0.04  # peak learning rate of SGD; set once a part: warm-up, then a cosine
+    warmup: float = 5  # parts
     momentum: float = 0.9  # Nesterov
     weight_decay: float = 2.5e-5
-    region_decay: bool = True  # no decay inside the smallest bit-width's clipping region
-    step_lr: float = 1e-5  # peak learning rate of the quantizers' steps, by Adam
+    region_decay: bool = True  # other decay inside the 2-bit clipping region: `decay_by_region`
+    step_travel: float = 1.88  # sum of Adam's learning rates: how far a step size can move at most
     clip_value: float = 1.0  # gradient entries are clipped to +- this; math.inf: no clipping
-    ema_decay: float = 0.9997  # of the averaged weights that training returns
+    ema_decay: float = 0.9997  # of the averaged weights; unlike the release's, it warms up
     label_smoothing: float = 0.0
     scheduler: bool = True  # dynamic bit-width scheduler
-    freeze_start: int = 6  # first epoch at which bit-widths may be frozen
-    freeze_every: int = 2  # epochs between two choices of what to freeze
+    freeze_start: int = 6  # first part in which bit-widths may be frozen
+    freeze_every: int = 2  # parts between two choices of what to freeze
     freeze_late: float = 0.72  # share of training after which the choice is made ...
-    freeze_late_every: int = 15  # ... only every so many epochs
-    freeze_activations: bool = True
+    freeze_late_every: int = 15  # ... only every so many parts
+    freeze_activations: bool = True  # the release: True for ResNet18, False for MobileNetV2
     idm: bool = True  # information distortion mitigation
     idm_weight: float = 0.01
     grid_weight: float = 0.1  # final weight of the quantization-error term, 0 for none
-    grid_start: float = 40 / 150  # share of training after which that weight grows by a cosine
+    grid_start: int = 40  # part after which that weight grows by a cosine
     dtype: str = "float32"  # of convolutions and linear layers: float32, bfloat16 or auto
     seed: int = 0
 
@@ -106,17 +114,15 @@ def _checked(name: str, value: object, kind: type) -> bool | int | float | str:
     return kind(value)
 
 
-def choose_candidates(
-    supernet: Supernet, config: TrainConfig, epoch: int, current: dict[str, Candidates]
-) -> tuple[dict[str, Candidates], dict[str, float]]:
-    """Candidates for `epoch` under the dynamic bit-width scheduler, and each layer's turbulence."""
-    turbulences = {name: turbulence(layer) for name, layer in supernet.layers.items()}
-    c = config
-    when = c.freeze_start, c.freeze_every, c.freeze_late, c.freeze_late_every
-    if c.scheduler and is_freeze_epoch(epoch, c.epochs, *when):
-        share = freeze_share((epoch - c.freeze_start) / max(c.epochs - c.freeze_start, 1))
-        current = freeze(supernet.candidates, turbulences, share, c.freeze_activations)
-    return current, turbulences
+def _rate(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
+) -> Callable[[int], float]:
+    """The learning rate of `optimizer` as a function of the part, in training of `steps`."""
+    c, parts = config, config.schedule_parts
+    if isinstance(optimizer, torch.optim.SGD):
+        return lambda part: learning_rate(part, parts, c.lr, c.warmup)
+    peak = c.step_travel / max(step_travel(steps, parts), 1e-9)
+    return lambda part: peak * step_learning_rate(part, parts)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -169,6 +175,7 @@ class Run:
     schedules: list[LRScheduler]  # learning rates, one for each optimizer
     generator: torch.Generator  # of order, seeds and configurations, the same in every process
     candidates: dict[str, Candidates]
+    first_step_sizes: Tensor  # of the quantizers before the first step
     history: list[dict]  # one row for each finished epoch
     step: int = 0  # steps taken, over all epochs
     epoch: Epoch | None = None  # the unfinished one
@@ -189,13 +196,11 @@ class Run:
         c = config
         optimizers = create_optimizers(
             model,
-            lr=c.lr,
-            step_lr=c.step_lr,
             momentum=c.momentum,
             weight_decay=c.weight_decay,
             region_decay=c.region_decay,
         )
-        steps = images // c.batch_size
+        steps = c.epochs * (images // c.batch_size)
         parameters = nn.ParameterList(model.parameters())
         return cls(
             config=config,
@@ -206,10 +211,12 @@ class Run:
             average=average_weights(parameters, c.ema_decay),
             optimizers=optimizers,
             schedules=[
-                schedule_learning_rate(o, steps, c.epochs, c.warmup_epochs) for o in optimizers
+                set_learning_rates(o, _rate(o, c, steps), steps, c.schedule_parts)
+                for o in optimizers
             ],
             generator=torch.Generator().manual_seed(c.seed),
             candidates=model.candidates if isinstance(model, Supernet) else {},
+            first_step_sizes=step_sizes(model),
             history=[],
         )
 
@@ -223,15 +230,16 @@ class Run:
         epoch, step = divmod(self.step, self.steps)
         return f"epoch {epoch + 1} of {self.config.epochs}, step {step + 1} of {self.steps}"
 
+    @property
+    def part(self) -> float:
+        """The part of training that has passed, of the config's `schedule_parts`."""
+        return self.step * self.config.schedule_parts / (self.steps * self.config.epochs)
+
     def start_epoch(self) -> None:
-        """Chooses the next epoch's candidates and the order of its images."""
-        number = len(self.history)
-        row = {"epoch": number + 1}
+        """Draws the order of the next epoch's images."""
+        row = {"epoch": len(self.history) + 1}
         if isinstance(self.model, Supernet):
-            self.candidates, row["turbulence"] = choose_candidates(
-                self.model, self.config, number, self.candidates
-            )
-            row["candidates"] = {name: list(c.weight) for name, c in self.candidates.items()}
+            row["decisions"] = []
         seed = int(torch.randint(2**31, (), generator=self.generator))
         order = torch.randperm(self.images, generator=self.generator)
         self.epoch = Epoch(seed, order, row, sums={})
@@ -239,23 +247,64 @@ class Run:
     def end_epoch(self) -> None:
         """Adds the epoch's row, with its mean losses, to the history."""
         means = {key: float(total / self.steps) for key, total in self.epoch.sums.items()}
+        if isinstance(self.model, Supernet):
+            moved = step_sizes(self.model) / self.first_step_sizes - 1
+            means["steps_moved"] = float(moved.abs().mean())
         self.history.append(self.epoch.row | means | {"seconds": self.epoch.seconds})
         self.epoch = None
 
-    def gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Adds up one step's gradients; returns its losses and accuracies."""
+    def choose_candidates(self) -> dict | None:
+        """Chooses candidates anew if a decision of the scheduler comes before the next step.
+
+        Returns the step, the turbulence of each layer with a choice, and the frozen layers, or None
+        if there is no decision. Without the scheduler, turbulence is measured, and nothing frozen.
+        """
+        c = self.config
+        before, now = (
+            part_of(step, self.steps * c.epochs, c.schedule_parts)
+            for step in (self.step - 1, self.step)
+        )
+        every = c.freeze_start, c.freeze_every
+        when = c.schedule_parts, *every, c.freeze_late, c.freeze_late_every
+        decisions = [part for part in range(before + 1, now + 1) if is_decision(part, *when)]
+        if not decisions:
+            return None
+        layers, full = self.model.layers, self.model.candidates
+        turbulences = {
+            name: turbulence(layers[name], self.candidates[name].weight)
+            for name in self.model.searchable
+        }
+        if c.scheduler:
+            share = freeze_share(decisions[-1], c.schedule_parts, *every)
+            self.candidates = freeze(full, turbulences, share, c.freeze_activations)
+        frozen = [name for name, own in self.candidates.items() if own != full[name]]
+        return {"step": self.step, "turbulence": turbulences, "frozen": frozen}
+
+    def draw_configs(self) -> list[BitConfig]:
+        """The configurations of the next step: at the largest bits, and random ones.
+
+        None for a float model.
+        """
+        if not isinstance(self.model, Supernet):
+            return []
+        paths = range(self.config.random_paths)
+        return [largest(self.candidates), *(sample(self.candidates, self.generator) for _ in paths)]
+
+    def gradients(self, x: Tensor, y: Tensor, configs: Sequence[BitConfig]) -> dict[str, Tensor]:
+        """Adds up one step's gradients at `configs`; returns its losses and accuracies."""
         c, dtype = self.config, select_dtype(self.config.dtype, x.device)
         if not isinstance(self.model, Supernet):
             return float_gradients(self.model, x, y, c.label_smoothing, dtype)
-        late = (len(self.history) / c.epochs - c.grid_start) / max(1 - c.grid_start, 1e-9)
+        late = (self.part - c.grid_start) / max(c.schedule_parts - c.grid_start, 1)
+        begun = int(self.part) > c.grid_start
         return one_shot_gradients(
             self.model,
             x,
             y,
             self.candidates,
-            [sample(self.candidates, self.generator) for _ in range(c.random_paths)],
+            configs[1:],
             idm_weight=c.idm_weight if c.idm else 0.0,
-            grid_weight=cosine(0, c.grid_weight, max(late, 0)),
+            grid_weight=cosine(0, c.grid_weight, late) if begun else 0.0,
             smoothing=c.label_smoothing,
             dtype=dtype,
         )
@@ -283,6 +332,7 @@ class Run:
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "generator": self.generator.get_state(),
             "candidates": {name: tuple(c) for name, c in self.candidates.items()},
+            "first_step_sizes": self.first_step_sizes,
             "history": self.history,
             "step": self.step,
             "epoch": self.epoch and vars(self.epoch),
@@ -306,6 +356,7 @@ class Run:
             own.load_state_dict(saved)
         self.generator.set_state(state["generator"])
         self.candidates = {name: Candidates(*c) for name, c in state["candidates"].items()}
+        self.first_step_sizes = state["first_step_sizes"]
         self.history, self.step = state["history"], state["step"]
         self.epoch = state["epoch"] and Epoch(**state["epoch"])
 
@@ -315,12 +366,13 @@ def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
     Raises FloatingPointError, before the weights move, if a loss or a gradient is not finite.
     """
-    losses = run.gradients(x, y)
+    configs = run.draw_configs()
+    losses = run.gradients(x, y, configs)
     average_gradients(run.model)
     check_gradients(run.model, losses, run.when())
     nn.utils.clip_grad_value_(run.parameters, run.config.clip_value)
     if isinstance(run.model, Supernet) and run.config.region_decay:
-        decay_outside_region(run.model, run.config.weight_decay)
+        decay_by_region(run.model, run.config.weight_decay, configs)
     for optimizer, schedule in zip(run.optimizers, run.schedules, strict=True):
         optimizer.step()
         optimizer.zero_grad()
@@ -351,6 +403,8 @@ def train_epoch(
     )
     with torch.random.fork_rng():
         for x, y in tqdm(batches, title, total=run.steps, initial=done, leave=False):
+            if isinstance(run.model, Supernet) and (decision := run.choose_candidates()):
+                epoch.row["decisions"].append(decision)
             # Dropout, too, depends on the epoch and the step alone.
             torch.manual_seed(epoch.seed - 1 - (run.step % run.steps * world + rank))
             x = x.to(device, memory_format=torch.channels_last)
@@ -384,7 +438,9 @@ def train(
     `watch`: called with the Run after every step.
 
     The history has one dict for each epoch: `epoch` (from 1), mean losses and accuracies,
-    `seconds`, and for a Supernet each layer's `turbulence` and weight `candidates`.
+    `seconds`, and for a Supernet `decisions`, a list with a dict for each decision of the
+    scheduler: the `step` (from 0), the `turbulence` of layers and the `frozen` ones; and
+    `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
 
     Raises ValueError for a checkpoint that is damaged, was written under other settings or does not
     fit the model, and for fewer images than one batch. Raises FloatingPointError, with epoch, step

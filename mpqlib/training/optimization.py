@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,42 +10,69 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..network.bits import Bits
 from ..network.quantizer import Quantizer, integer_range
 from ..network.supernet import Supernet
 from .scheduler import cosine
 
-
-def learning_rate(epoch: float, epochs: float, warmup: float) -> float:
-    """Learning rate at `epoch`, a real number, as a share of the peak: linear warm-up, cosine."""
-    if epoch < warmup:
-        return epoch / warmup
-    return cosine(1, 0, (epoch - warmup) / max(epochs - warmup, 1e-9))
+LOWEST_LR = 1e-5  # of the weights, at the start and at the end
 
 
-def schedule_learning_rate(
-    optimizer: torch.optim.Optimizer, steps: int, epochs: int, warmup: float
-) -> LambdaLR:
-    """Multiplies the optimizer's learning rate by `learning_rate` at the middle of each step.
+def learning_rate(part: int, parts: int, peak: float, warmup: float) -> float:
+    """Learning rate of the weights in `part` of `parts`, counted from 0 (RFQuant's release).
 
-    `steps`: steps in an epoch. Call `step()` of what is returned after each optimizer step.
+    A linear warm-up over the first `warmup` parts, then a cosine that begins at part 0.
     """
-    return LambdaLR(optimizer, lambda step: learning_rate((step + 0.5) / steps, epochs, warmup))
+    lowest = min(LOWEST_LR, peak)
+    if part < warmup:
+        return lowest + (peak - lowest) * part / warmup
+    return cosine(peak, lowest, part / parts)
+
+
+def step_learning_rate(part: int, parts: int) -> float:
+    """Learning rate of the step sizes in `part` of `parts`, as a share of the peak: a cosine."""
+    return cosine(1, 0, part / parts)
+
+
+def part_of(step: int, steps: int, parts: int) -> int:
+    """The part, counted from 0, that `step` of `steps` lies in if they form `parts` equal parts."""
+    return step * parts // steps
+
+
+def step_travel(steps: int, parts: int) -> float:
+    """Sum of Adam's learning rates over `steps`, for a peak of 1.
+
+    Adam moves a parameter by about its learning rate at most, so this is how far a step size can
+    move.
+    """
+    return sum(step_learning_rate(part_of(s, steps, parts), parts) for s in range(steps))
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, rate: Callable[[int], float], steps: int, parts: int
+) -> LambdaLR:
+    """Sets the learning rate of all parameters to `rate(part)` in each step.
+
+    `steps`: of the whole training. Call `step()` of what is returned after each optimizer step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0  # LambdaLR multiplies it
+    return LambdaLR(optimizer, lambda step: rate(part_of(step, max(steps, 1), parts)))
 
 
 def create_optimizers(
     model: nn.Module,
     *,
-    lr: float,
-    step_lr: float,
     momentum: float,
     weight_decay: float,
     region_decay: bool,
 ) -> list[torch.optim.Optimizer]:
     """SGD with Nesterov momentum for weights and norms, Adam for the quantizers' steps (RFQuant).
 
-    `lr`: of SGD; `step_lr`: of Adam. Parameters that require no gradient are left out. Norms and
-    biases do not decay. With `region_decay`, the weights of a supernet's layers do not decay here
-    either: see `decay_outside_region`. Raises ValueError if no parameter requires a gradient.
+    Their learning rates are set by `set_learning_rates`. Parameters that require no gradient are
+    left out. Norms and biases do not decay. With `region_decay`, the weights of a supernet's layers
+    do not decay here either: see `decay_by_region`. Raises ValueError if no parameter requires a
+    gradient.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -64,38 +90,47 @@ def create_optimizers(
     if others:
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest}]
         # Fused: reads each weight once, where one operation after another reads it five times.
-        sgd = torch.optim.SGD(groups, lr, momentum, nesterov=momentum > 0, fused=True)
+        sgd = torch.optim.SGD(groups, 1.0, momentum, nesterov=momentum > 0, fused=True)
         # Some batch norms get their first gradient late, when the fused optimizer can no longer
         # begin their momentum.
         sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in others})
         optimizers.append(sgd)
     if steps:
-        optimizers.append(torch.optim.Adam(steps, step_lr, fused=True))
+        optimizers.append(torch.optim.Adam(steps, 1.0, fused=True))
     return optimizers
 
 
 @torch.no_grad()
-def decay_outside_region(supernet: Supernet, weight_decay: float) -> None:
-    """Adds weight decay to the gradients of the weights that the smallest bit-width clips.
+def decay_by_region(
+    supernet: Supernet, weight_decay: float, configs: Sequence[Mapping[str, Bits]]
+) -> None:
+    """Adds weight decay to the gradients of the layers' weights (RFQuant's release).
 
-    Weights inside the clipping region do not decay (adaptive region weight decay, RFQuant's
-    release). A weight that several layers share decays once, if at least one of them clips it. A
-    weight without gradient stays as it is.
+    `configs`: those of the step's passes. A weight w decays by `weight_decay` * w. If it lies in
+    the clipping region of 2 bits, this is multiplied by 1 - n, where n is the number of passes that
+    run its layer with 2-bit weights. For a weight that layers share, n counts all of them. The last
+    layers do not decay, nor does a weight without gradient.
     """
-    sharing = defaultdict(list)
-    for layer in supernet.layers.values():
-        sharing[layer.op.weight].append(layer.weight_quantizer)
-    for weight, quantizers in sharing.items():
-        if weight.grad is None:
-            continue
-        inside = weight
-        for quantizer in quantizers:
-            bits = quantizer.bits[0]
-            v = weight / quantizer.step(bits)
+    layers = {n: layer for n, layer in supernet.layers.items() if n not in supernet.last}
+    weights = {layer.op.weight: layer.op.weight.grad for layer in layers.values()}
+    for weight, grad in weights.items():
+        if grad is not None:
+            grad.add_(weight, alpha=weight_decay)
+    for name, layer in layers.items():
+        weight, quantizer = layer.op.weight, layer.weight_quantizer
+        passes = sum(1 for config in configs if config[name].weight == 2)
+        if passes and weight.grad is not None:
+            v = weight / quantizer.step(2)
             # Weights inside the region, 0 for the others: the gradient of hardtanh does just this.
-            limits = integer_range(bits, signed=True)
-            inside = torch.ops.aten.hardtanh_backward(inside, v, *limits)
-        weight.grad.sub_(inside.sub_(weight), alpha=weight_decay)
+            inside = torch.ops.aten.hardtanh_backward(weight, v, *integer_range(2, signed=True))
+            weight.grad.sub_(inside, alpha=weight_decay * passes)
+
+
+def step_sizes(model: nn.Module) -> Tensor:
+    """All step sizes of the quantizers of `model`, a vector; empty without quantizers."""
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+    sizes = [q.step(b).detach().reshape(1) for q in quantizers for b in q.bits]
+    return torch.cat(sizes) if sizes else torch.zeros(0)
 
 
 def average_gradients(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Dynamic bit-width scheduler: the turbulence of layers, and which layers to freeze by it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -32,10 +32,14 @@ def unstable_share(weight: Tensor, step: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def turbulence(layer: QuantLinear) -> float:
-    """Mean of (unstable share / bits) over the weight candidates of `layer` (RFQuant)."""
+def turbulence(layer: QuantLinear, bits: Iterable[int]) -> float:
+    """Mean of (unstable share / b) over the bit-widths b in `bits` (RFQuant).
+
+    `bits`: current weight candidates of `layer`. A layer without its smallest bit-width has a lower
+    turbulence, so that other layers take its place at the next decision.
+    """
     quantizer = layer.weight_quantizer
-    shares = [unstable_share(layer.op.weight, quantizer.step(b), b) / b for b in quantizer.bits]
+    shares = [unstable_share(layer.op.weight, quantizer.step(b), b) / b for b in bits]
     return float(torch.stack(shares).mean())
 
 
@@ -44,9 +48,14 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def freeze_share(progress: float) -> float:
-    """Share of layers to freeze: 0.5 at the first freeze, 0.2 at the end of training (RFQuant)."""
-    return cosine(0.5, 0.2, progress)
+def freeze_share(part: int, parts: int = 150, start: int = 6, every: int = 2) -> float:
+    """Share of layers to freeze before `part` of `parts`: from 0.5 to 0.2 (RFQuant's release).
+
+    A cosine over the number of decisions so far, of which `parts` / `every` would fit into
+    training. `start` and `every`: see `is_decision`.
+    """
+    decisions = (part - start + 1) // every
+    return cosine(0.5, 0.2, decisions / (parts / every))
 
 
 def freeze(
@@ -57,10 +66,10 @@ def freeze(
 ) -> dict[str, Candidates]:
     """Candidates without the smallest bit-width in the most turbulent `share` of layers.
 
-    All other layers get their `full` candidates, even if they were frozen before. Layers with one
-    weight candidate are not ranked. `activations`: where a layer's weight and activation candidates
-    are the same, freeze both (RFQuant's configuration of ResNet18). Raises ValueError for a share
-    outside 0 to 1.
+    The number of layers is rounded down. All other layers get their `full` candidates, even if they
+    were frozen before. Layers with one weight candidate are not ranked. `activations`: where a
+    layer's weight and activation candidates are the same, freeze both (RFQuant's configuration of
+    ResNet18). Raises ValueError for a share outside 0 to 1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share!r} is not allowed: a share of layers, from 0 to 1")
@@ -69,7 +78,7 @@ def freeze(
         key=lambda name: turbulences[name],
         reverse=True,
     )
-    frozen = set(ranked[: round(share * len(ranked))])
+    frozen = set(ranked[: int(share * len(ranked))])
 
     def reduced(c: Candidates) -> Candidates:
         both = activations and c.act == c.weight
@@ -78,20 +87,19 @@ def freeze(
     return {name: reduced(c) if name in frozen else c for name, c in full.items()}
 
 
-def is_freeze_epoch(
-    epoch: int,
-    epochs: int,
+def is_decision(
+    part: int,
+    parts: int = 150,
     start: int = 6,
     every: int = 2,
     late: float = 0.72,
     late_every: int = 15,
 ) -> bool:
-    """Whether candidates are chosen again before `epoch` of `epochs`, counted from 0.
+    """Whether candidates are chosen again before `part` of `parts`, counted from 0.
 
-    They are chosen every `every` epochs from epoch `start` on, and every `late_every` epochs after
-    the share `late` of training (RFQuant's release: 6, 2, 72%, 15).
+    Training is divided into `parts`, the epochs of RFQuant's release. From part `start` on,
+    candidates are chosen before every `every`-th part, and after the share `late` of training
+    before every `late_every`-th one: 7, 9, ..., 107, 119, 134, 149 of 150.
     """
-    if epoch < start:
-        return False
-    turn = max(start, math.ceil(late * epochs))
-    return (epoch - start) % every == 0 if epoch < turn else (epoch - turn) % late_every == 0
+    turn = every if part < late * parts else late_every
+    return part >= start and (part + 1) % turn == 0

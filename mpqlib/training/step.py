@@ -80,7 +80,9 @@ def one_shot_gradients(
         divergence = F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
         random_loss = (cross_entropy + divergence) / 2
         idm = idm_loss(distorted) if distorted else torch.zeros_like(random_loss)
-        grid = grid_loss(layers, config) if grid_weight else torch.zeros_like(random_loss)
+        grid = torch.zeros_like(random_loss)
+        if grid_weight:
+            grid = grid_loss(layers, config, candidates)
         (random_loss + idm_weight * idm + grid_weight * grid).backward()
 
         row = {"loss_random": random_loss, "idm": idm, "accuracy_random": accuracy(student, y)}

@@ -32,7 +32,7 @@ def test_measure_recalibrates_unless_told_not_to(supernet):
 
 
 def test_a_run_is_stored_whole(supernet, metrics, dataset, tmp_path):
-    config = TrainConfig(epochs=2, batch_size=16, warmup_epochs=1, freeze_start=1)
+    config = TrainConfig(epochs=2, batch_size=16, step_travel=0.01)
     supernet, history = train(supernet, dataset, config)
     found = largest(supernet.candidates)
     sha256 = save_weights(tmp_path / "supernet.safetensors", supernet, {"model": "tiny"})

@@ -183,7 +183,7 @@ def test_compare_weights_pairs_its_arms(monkeypatch):
     monkeypatch.setattr(idm_density, "create", lambda model, classes: TinyNet())
     parts = {part: images(64) for part in ("train", "calibration", "search", "test")}
     splits = data.Splits(**parts, classes=["red", "green", "blue"])
-    config = TrainConfig(epochs=1, batch_size=32, warmup_epochs=0, scheduler=False)
+    config = TrainConfig(epochs=1, batch_size=32, step_travel=0.01, scheduler=False)
     configs = dict(float_config=config, config=config)
 
     def compared(seed: int, **arms) -> dict:

@@ -54,7 +54,9 @@ def test_probe_agrees_with_a_count_weight_by_weight(supernet, dataset):
         steps = {b: layer.weight_quantizer.step(b).item() for b in (2, 4)}
         seen.append((weights, {b: (steps[b], naive_points(layer, b)) for b in (2, 4)}))
 
-    config = TrainConfig(epochs=2, batch_size=16, lr=0.5, warmup_epochs=0, scheduler=False)
+    config = TrainConfig(
+        epochs=2, batch_size=16, lr=0.5, warmup=0, step_travel=0.01, scheduler=False
+    )
     train(supernet, dataset, config, watch=watch)
     assert [row["step"] for row in probe.rows] == [i for i in range(6) for _ in range(2)]
     for row in probe.rows:
@@ -126,7 +128,7 @@ def test_watch_candidates_pairs_its_arms(monkeypatch):
     monkeypatch.setattr(latent_distance, "create", lambda model, classes: TinyNet())
     parts = {part: images(64) for part in ("train", "calibration", "search", "test")}
     splits = data.Splits(**parts, classes=["red", "green", "blue"])
-    options = dict(epochs=1, batch_size=32, warmup_epochs=0)
+    options = dict(epochs=1, batch_size=32, step_travel=0.01)
     configs = dict(float_config=TrainConfig(**options), config=TrainConfig(**options, lr=0.1))
 
     def watched(seed: int, **arms) -> dict:

@@ -3,6 +3,7 @@
 import itertools
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -280,37 +281,46 @@ def grid_layer(weights: Tensor, steps: dict[int, float]) -> QuantLinear:
     return layer
 
 
-# Every point of the 2-bit grid -2s, -s, 0, s lies on the larger grid.
-@pytest.mark.parametrize("bits, step", [(4, 1 / 4), (4, 1 / 8), (3, 1 / 4), (6, 1 / 16)])
-def test_grid_loss_counts_weights_whose_point_the_smallest_grid_lacks(bits, step):
+def naive_grid_term(weights: Tensor, step: float, bits: int, smallest: int):
+    """The grid term of one layer and its gradient for the weights, one number at a time."""
+    low, high, coarse = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 2 ** (bits - smallest)
+    columns, gradient = [0.0] * weights.shape[1], torch.zeros_like(weights)
+    for row, column in np.ndindex(*weights.shape):
+        w = weights[row, column].item()
+        integer = round(w / step)
+        if low < w / step < high and integer % coarse == 0:
+            columns[column] += (w - integer * step) ** 2
+            gradient[row, column] = 2 * (w - integer * step) / weights.shape[1]
+    return sum(columns) / weights.shape[1], gradient
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+@pytest.mark.parametrize("smallest", [2, 3])
+def test_grid_loss_counts_weights_whose_point_the_smallest_grid_shares(bits, smallest):
+    if smallest > bits:
+        return
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(12, 10, generator=generator, dtype=torch.float64)
-    coarse = 1 / 2 if bits > 3 else 1 / 4
-    layer = grid_layer(weights, {2: coarse, bits: step})
-    shared = {k * coarse for k in (-2, -1, 0, 1)}
-    expected, gradient = 0.0, []
-    for w in weights.flatten().tolist():
-        point = naive_quantize(torch.tensor([w]).double(), step, bits, True).item()
-        own = point not in shared
-        expected += (w - point) ** 2 * own
-        gradient.append(2 * (w - point) * own)
-    loss = grid_loss({"a": layer}, {"a": Bits(bits, 8)})
+    steps = {b: 1.3 / 2 ** (b - 1) for b in (2, 3, 4, 6)}  # some weights are clipped
+    layer = grid_layer(weights, steps)
+    expected, gradient = naive_grid_term(weights, steps[bits], bits, smallest)
+    offered = {"a": Candidates(tuple(b for b in steps if b >= smallest), (8,))}
+    loss = grid_loss({"a": layer}, {"a": Bits(bits, 8)}, offered)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
     loss.backward()
-    gradient = torch.tensor(gradient, dtype=torch.float64).reshape(weights.shape)
     assert 0 < int((gradient != 0).sum()) < weights.numel()
     torch.testing.assert_close(layer.op.weight.grad, gradient)
     assert all(step.grad is None for step in layer.weight_quantizer.steps.values())
 
 
-def test_grid_loss_adds_up_over_layers_at_their_own_bits():
+def test_grid_loss_adds_up_over_layers_with_a_choice():
     generator = torch.Generator().manual_seed(0)
-    layers = {
-        name: grid_layer(torch.randn(6, 5, generator=generator).double(), {2: 0.6, 3: 0.35, 5: 0.1})
-        for name in "abc"
-    }
-    config = {"a": Bits(3, 8), "b": Bits(5, 8), "c": Bits(2, 8)}
-    alone = {n: grid_loss({n: layer}, config).item() for n, layer in layers.items()}
-    assert alone["a"] > 0 and alone["b"] > 0
-    assert alone["c"] == 0  # the smallest bit-width shares all of its grid with itself
-    assert grid_loss(layers, config).item() == pytest.approx(sum(alone.values()), rel=1e-12)
+    steps = {2: 0.6, 3: 0.35, 5: 0.1}
+    layers = {n: grid_layer(torch.randn(6, 5, generator=generator).double(), steps) for n in "abcd"}
+    config = {"a": Bits(3, 8), "b": Bits(5, 8), "c": Bits(2, 8), "d": Bits(2, 8)}
+    offered = {name: Candidates(tuple(steps), (8,)) for name in "abc"}
+    offered["d"] = Candidates((2,), (8,))
+    alone = {n: grid_loss({n: layer}, config, offered).item() for n, layer in layers.items()}
+    assert min(alone[name] for name in "abc") > 0 and alone["d"] == 0
+    total = grid_loss(layers, config, offered).item()
+    assert total == pytest.approx(sum(alone.values()), rel=1e-12)

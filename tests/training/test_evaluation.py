@@ -56,7 +56,7 @@ def modes(model):
 
 def one_shot(supernet, dataset):
     """The supernet after two epochs of one-shot training."""
-    config = TrainConfig(epochs=2, batch_size=16, lr=0.1, warmup_epochs=0, ema_decay=0)
+    config = TrainConfig(epochs=2, batch_size=16, lr=0.1, step_travel=0.01, ema_decay=0)
     return train(supernet, dataset, config)[0]
 
 

@@ -18,12 +18,19 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from mpqlib.files import load_state, save_state, save_weights
+from mpqlib.network.quantizer import Quantizer
 from mpqlib.network.supernet import Supernet
 from mpqlib.training.loop import TrainConfig, train
-from mpqlib.training.optimization import learning_rate
 
 SMALL = TrainConfig(
-    epochs=3, batch_size=16, warmup_epochs=1, freeze_start=1, freeze_every=1, grid_start=0.3
+    epochs=3,
+    batch_size=16,
+    schedule_parts=3,
+    warmup=1,
+    step_travel=0.01,
+    freeze_start=1,
+    freeze_every=1,
+    grid_start=1,
 )
 
 
@@ -68,7 +75,10 @@ def network(one_shot):
     """A network with dropout, or a supernet of it."""
     torch.manual_seed(1)
     net = nn.Sequential(TinyNet(), nn.Dropout(0.2))
-    return Supernet(net, images(16, seed=1).tensors[0], (2, 3, 4)) if one_shot else net
+    if not one_shot:
+        return net
+    # All four layers have a choice, so that the scheduler freezes one of them.
+    return Supernet(net, images(16, seed=1).tensors[0], (2, 3, 4), edge_bits=None)
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +325,7 @@ def test_training_stops_at_the_step_whose_loss_is_not_finite(one_shot, straight,
 @pytest.mark.parametrize("one_shot", [True, False])
 def test_training_that_diverges_stops(one_shot, tmp_path):
     path = tmp_path / "run.pt"
-    config = replace(SMALL, epochs=20, lr=1e6, step_lr=1e6)
+    config = replace(SMALL, epochs=20, lr=1e6, step_travel=1e6)
     message = r"^(epoch|before epoch|after epoch) \d+ of 20.*first layer that is not finite is '"
     with pytest.raises(FloatingPointError, match=message):
         train(network(one_shot), AUGMENTED, config, checkpoint=path, checkpoint_minutes=0)
@@ -325,7 +335,7 @@ def test_training_that_diverges_stops(one_shot, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_returned(tmp_path):
-    config = replace(SMALL, epochs=1, batch_size=48, lr=1e300, warmup_epochs=0)
+    config = replace(SMALL, epochs=1, batch_size=48, lr=1e300, warmup=0)
     with pytest.raises(FloatingPointError, match=r"^after epoch 1 of 1: .* first layer .*'stem.0'"):
         train(TinyNet(), images(48), config, checkpoint=tmp_path / "run.pt")
     assert not list(tmp_path.iterdir())
@@ -391,14 +401,39 @@ def test_tied_weights_stay_tied_and_are_saved(dataset, tmp_path):
     assert again.middle.weight is again.last.weight and same(model, again)
 
 
-def test_scheduler_freezes_only_when_it_is_on(supernet, dataset):
-    full = {name: list(c.weight) for name, c in supernet.candidates.items()}
+def test_scheduler_freezes_only_when_it_is_on(dataset):
+    supernet = network(True)
     for on in (True, False):
         config = replace(SMALL, scheduler=on)
         _, history = train(copy.deepcopy(supernet), dataset, config)
-        assert history[0]["candidates"] == full  # freeze_start is 1
-        assert (history[1]["candidates"] == full) != on
-        assert history[0]["turbulence"].keys() == full.keys()
+        assert history[0]["decisions"] == []  # freeze_start is 1
+        (decision,) = history[1]["decisions"]
+        assert decision["step"] == 3
+        assert len(decision["frozen"]) == on
+        assert list(decision["turbulence"]) == supernet.searchable
+
+
+def test_a_short_run_makes_all_decisions_of_the_release(dataset):
+    torch.manual_seed(0)
+    supernet = Supernet(TinyNet(), dataset.tensors[0], (2, 3, 4))
+    config = TrainConfig(epochs=25, batch_size=8, lr=0.01, step_travel=0.01)  # 150 steps
+    _, history = train(supernet, dataset, config)
+    steps = [decision["step"] for row in history for decision in row["decisions"]]
+    assert steps == [*range(7, 108, 2), 119, 134, 149]
+    for epoch, row in enumerate(history):
+        assert all(decision["step"] // 6 == epoch for decision in row["decisions"])
+
+
+def test_the_distance_that_steps_moved_is_stored(supernet, dataset):
+    def sizes():
+        quantizers = [m for m in supernet.modules() if isinstance(m, Quantizer)]
+        return [q.step(b).item() for q in quantizers for b in q.bits]
+
+    before = sizes()
+    _, history = train(supernet, dataset, replace(SMALL, epochs=1))
+    changes = [abs(now / then - 1) for now, then in zip(sizes(), before, strict=True)]
+    assert max(changes) > 0
+    assert history[0]["steps_moved"] == pytest.approx(sum(changes) / len(changes), rel=1e-4)
 
 
 def test_idm_only_when_it_is_on(supernet, dataset):
@@ -424,7 +459,7 @@ def test_training_learns(supernet, dataset, dtype):
 
 def test_every_step_is_watched_and_changes_nothing(dataset):
     seen, results = [], []
-    config = TrainConfig(epochs=2, batch_size=16, warmup_epochs=0)
+    config = TrainConfig(epochs=2, batch_size=16)
     for watch in (None, lambda run: seen.append((len(run.history), run.config.epochs))):
         torch.manual_seed(0)
         model, _ = train(TinyNet(), dataset, config, watch=watch)
@@ -439,7 +474,7 @@ def test_float_training_is_plain_sgd(dataset, clip_value):
     model = TinyNet()
     twin = copy.deepcopy(model).train()
     config = TrainConfig(
-        epochs=1, batch_size=48, warmup_epochs=0, ema_decay=0.0, lr=0.1, clip_value=clip_value
+        epochs=1, batch_size=48, warmup=0, ema_decay=0.0, lr=0.1, clip_value=clip_value
     )
     trained, _ = train(model, dataset, config)
     generator = torch.Generator().manual_seed(0)
@@ -449,25 +484,23 @@ def test_float_training_is_plain_sgd(dataset, clip_value):
     F.cross_entropy(twin(x), y).backward()
     if clip_value == 0.01:
         assert sum(int((q.grad.abs() > clip_value).sum()) for q in twin.parameters()) > 10
-    share = learning_rate(0.5, 1, 0)  # the middle of the only step
     for (name, p), q in zip(trained.named_parameters(), twin.parameters(), strict=True):
         gradient = q.grad.clamp(-clip_value, clip_value) + 2.5e-5 * q * (q.dim() > 1)
         # Nesterov's first step moves by 1 + momentum times the gradient
-        torch.testing.assert_close(p, q - 0.1 * share * 1.9 * gradient, msg=name)
+        torch.testing.assert_close(p, q - 0.1 * 1.9 * gradient, msg=name)
 
 
 @pytest.mark.parametrize("clip_value", [1e-3, 1.0])
 def test_one_shot_gradients_are_clipped(supernet, dataset, clip_value):
     config = replace(
-        SMALL, epochs=1, batch_size=48, warmup_epochs=0, momentum=0.0, lr=1.0, clip_value=clip_value
+        SMALL, epochs=1, batch_size=48, warmup=0, momentum=0.0, lr=1.0, clip_value=clip_value
     )
     after = list(supernet.parameters())  # the trained ones, once trained
     before = [p.detach().clone() for p in after]
-    train(supernet, dataset, replace(config, weight_decay=0.0))
+    train(supernet, dataset, replace(config, weight_decay=0.0, step_travel=0.0))
     with torch.no_grad():
         moved = [float((p - q).abs().max()) for p, q in zip(after, before, strict=True)]
-    share = learning_rate(0.5, 1, 0)
     if clip_value == 1e-3:
-        assert max(moved) == pytest.approx(share * clip_value, rel=1e-3)
+        assert max(moved) == pytest.approx(clip_value, rel=1e-3)
     else:
-        assert 1e-2 < max(moved) <= share * (1 + 1e-6)
+        assert 1e-2 < max(moved) <= 1 + 1e-6

@@ -7,42 +7,52 @@ import torch
 from conftest import TinyNet, images
 from torch import nn
 
+from mpqlib.network.bits import Bits
 from mpqlib.network.quantizer import Quantizer
+from mpqlib.network.supernet import Supernet
 from mpqlib.training.optimization import (
     average_weights,
     averaged_model,
     check_gradients,
     check_weights,
     create_optimizers,
-    decay_outside_region,
+    decay_by_region,
     learning_rate,
-    schedule_learning_rate,
+    set_learning_rates,
+    step_travel,
 )
 
-RATES = dict(lr=0.1, step_lr=0.01, momentum=0.9, weight_decay=0.5)
+SETTINGS = dict(momentum=0.9, weight_decay=0.5)
 
 
-def test_learning_rate_warms_up_then_falls_along_a_cosine():
-    shares = [learning_rate(epoch, epochs=10, warmup=2) for epoch in (0, 1, 2, 6, 10)]
-    assert shares == pytest.approx([0, 0.5, 1, 0.5, 0])
+def test_learning_rate_warms_up_and_joins_a_cosine_that_began_at_the_start():
+    rates = [learning_rate(part, 10, peak=0.1, warmup=2) for part in (0, 1, 2, 5, 9)]
+    cosine = [1e-5 + (0.1 - 1e-5) * (1 + math.cos(math.pi * p / 10)) / 2 for p in (2, 5, 9)]
+    assert rates == pytest.approx([1e-5, (1e-5 + 0.1) / 2, *cosine])
+    assert learning_rate(0, 10, peak=0.0, warmup=2) == 0  # never above the peak
 
 
-def test_the_schedule_sets_the_rate_at_the_middle_of_each_step():
+def test_steps_may_move_as_far_as_they_travel():
+    shares = [(1 + math.cos(math.pi * p / 4)) / 2 for p in (0, 0, 0, 1, 1, 2, 2, 2, 3, 3)]
+    assert step_travel(10, 4) == pytest.approx(sum(shares))
+    assert step_travel(0, 4) == 0
+
+
+@pytest.mark.parametrize("steps", [3, 10, 24])
+def test_the_learning_rate_is_set_once_a_part(steps):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
-    schedule, rates = schedule_learning_rate(optimizer, steps=4, epochs=3, warmup=1), []
-    for _ in range(12):
+    schedule, rates = set_learning_rates(optimizer, lambda part: 0.7**part, steps, 8), []
+    for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    warming = [0.4 * (k + 0.5) / 4 for k in range(4)]
-    falling = [0.2 * (1 + math.cos(math.pi * (k + 0.5) / 8)) for k in range(8)]
-    assert rates == pytest.approx(warming + falling)
+    assert rates == pytest.approx([0.7 ** (step * 8 // steps) for step in range(steps)])
 
 
 @pytest.mark.parametrize("region_decay", [True, False])
 def test_each_trained_parameter_is_in_one_group(supernet, region_decay):
     supernet.layers["pointwise"].op.weight.requires_grad_(False)
-    optimizers = create_optimizers(supernet, **RATES, region_decay=region_decay)
+    optimizers = create_optimizers(supernet, **SETTINGS, region_decay=region_decay)
     sgd, adam = optimizers
     assert isinstance(sgd, torch.optim.SGD) and isinstance(adam, torch.optim.Adam)
     held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -57,59 +67,75 @@ def test_each_trained_parameter_is_in_one_group(supernet, region_decay):
 
 def test_a_model_without_trained_parameters_is_refused():
     with pytest.raises(ValueError, match="no parameter of the model requires a gradient"):
-        create_optimizers(TinyNet().requires_grad_(False), **RATES, region_decay=False)
+        create_optimizers(TinyNet().requires_grad_(False), **SETTINGS, region_decay=False)
 
 
 def test_steps_alone_can_be_trained(supernet):
     for name, p in supernet.named_parameters():
         p.requires_grad_("steps" in name)
-    (adam,) = create_optimizers(supernet, **RATES, region_decay=True)
+    (adam,) = create_optimizers(supernet, **SETTINGS, region_decay=True)
     assert isinstance(adam, torch.optim.Adam)
 
 
-def clips(layer, w):
-    """Whether the layer's smallest bit-width clips the weight `w`."""
-    bits = min(layer.weight_quantizer.bits)
-    step = layer.weight_quantizer.step(bits).item()
-    return not -(2 ** (bits - 1)) * step <= w <= (2 ** (bits - 1) - 1) * step
+def decay_of(w, layers, configs):
+    """Weight decay of a weight that `layers`, (name, layer), share; 1 for each unit of w."""
+    share = 1.0
+    for name, layer in layers:
+        for config in configs:
+            if config[name].weight == 2:
+                step = layer.weight_quantizer.step(2).item()
+                share -= -2 * step < w < step
+    return share
 
 
-def test_region_decay_spares_what_the_smallest_bits_do_not_clip(supernet):
+def test_region_decay_counts_the_passes_at_2_bits(supernet):
+    configs = [supernet.uniform(4), supernet.uniform(2), supernet.uniform(2), supernet.uniform(3)]
+    configs[1] = configs[1].replace("pointwise", Bits(3, 2))
     for layer in supernet.layers.values():
-        layer.op.weight.grad = torch.zeros_like(layer.op.weight)
+        layer.op.weight.grad = torch.ones_like(layer.op.weight)
         layer.op.weight.data[::2] *= 4  # some leave the region
-    decay_outside_region(supernet, 0.1)
-    counts = {True: 0, False: 0}
-    for layer in supernet.layers.values():
+    decay_by_region(supernet, 0.1, configs)
+    shares = set()
+    for name, layer in supernet.layers.items():
         weight = layer.op.weight
         for w, gradient in zip(weight.flatten().tolist(), weight.grad.flatten(), strict=True):
-            outside = clips(layer, w)
-            counts[outside] += 1
-            assert float(gradient) == pytest.approx(0.1 * w if outside else 0.0)
-    assert min(counts.values()) > 0
+            share = 0.0 if name == "last" else decay_of(w, [(name, layer)], configs)
+            shares.add((name, share))
+            assert float(gradient) == pytest.approx(1 + 0.1 * w * share)
+    # The stem has 8 bits, the depth-wise layer 3 bits at least: their weights decay as usual.
+    inside_and_out = {("pointwise", 0.0), ("pointwise", 1.0)}
+    assert shares == inside_and_out | {("stem.0", 1.0), ("depthwise", 1.0), ("last", 0.0)}
 
 
-@pytest.mark.parametrize("limit", [0.3, 2.0])  # of the second layer, as a share of the weights'
-def test_a_shared_weight_decays_once_and_a_frozen_one_not_at_all(supernet, limit):
-    first, second = supernet.layers["depthwise"], supernet.layers["last"]
-    bits = min(second.weight_quantizer.bits)
-    with torch.no_grad():
-        first.op.weight[::2] *= 4
-        top = first.op.weight.abs().max()
-        second.weight_quantizer.steps[str(bits)].copy_(limit * top / 2 ** (bits - 1))
-        supernet.layers["pointwise"].op.weight.mul_(100)
-    second.op.weight = first.op.weight
+class Tied(nn.Module):
+    """Two linear layers share one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.pointwise = nn.Conv2d(3, 12, 1)
+        self.middle, self.last = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.last.weight = self.middle.weight
+
+    def forward(self, x):
+        return self.last(self.middle(self.pointwise(x).mean((2, 3))))
+
+
+def test_a_shared_weight_counts_all_its_layers_and_a_frozen_one_does_not_decay():
+    torch.manual_seed(0)
+    supernet = Supernet(Tied(), images(16).tensors[0], (2, 4), edge_bits=None)
+    layers = {name: supernet.layers[name] for name in ("middle", "last")}
     for layer in supernet.layers.values():
         layer.op.weight.grad = torch.zeros_like(layer.op.weight)
     frozen = supernet.layers["pointwise"].op.weight
     frozen.requires_grad_(False)
     frozen.grad = None
-    decay_outside_region(supernet, 0.1)
-    weights, gradients = first.op.weight.flatten().tolist(), first.op.weight.grad.flatten().tolist()
-    outside = [clips(first, w) or clips(second, w) for w in weights]
-    assert any(outside) and not all(outside)
-    expected = [0.1 * w if out else 0.0 for w, out in zip(weights, outside, strict=True)]
-    assert gradients == pytest.approx(expected)
+    configs = [supernet.uniform(2), supernet.uniform(2).replace("last", Bits(4, 4))]
+    decay_by_region(supernet, 0.1, configs)
+    weight = layers["last"].op.weight
+    shares = [decay_of(w, layers.items(), configs) for w in weight.flatten().tolist()]
+    assert set(shares) == {1.0, -2.0}  # outside, and inside in three passes
+    expected = [0.1 * w * s for w, s in zip(weight.flatten().tolist(), shares, strict=True)]
+    assert weight.grad.flatten().tolist() == pytest.approx(expected)
     assert frozen.grad is None
 
 

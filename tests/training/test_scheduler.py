@@ -15,7 +15,7 @@ from mpqlib.training.scheduler import (
     BLOCK,
     freeze,
     freeze_share,
-    is_freeze_epoch,
+    is_decision,
     turbulence,
     unstable_share,
 )
@@ -132,7 +132,10 @@ def test_turbulence_is_the_mean_of_share_over_bits(bits):
         ]
         expected = sum(share / b for share, b in zip(shares, bits, strict=True)) / len(bits)
         assert expected > 0
-        assert turbulence(layer) == pytest.approx(expected, rel=1e-6)
+        assert turbulence(layer, bits) == pytest.approx(expected, rel=1e-6)
+        if len(bits) > 1:  # without its smallest bit-width, a layer is less turbulent
+            rest = sum(share / b for share, b in zip(shares[1:], bits[1:], strict=True))
+            assert turbulence(layer, bits[1:]) == pytest.approx(rest / len(bits[1:]), rel=1e-6)
 
 
 def same(*bits: int) -> Candidates:
@@ -163,7 +166,7 @@ def test_only_the_most_turbulent_layers_lose_their_smallest_bits(network, share)
     frozen = [name for name in ranked if current[name] != full[name]]
     assert all(current[name] == EDGE for name in full if name not in ranked)
     assert all(current[name] == FROZEN[full[name]] for name in frozen)
-    assert abs(len(frozen) - share * len(ranked)) <= 0.5
+    assert len(frozen) == math.floor(share * len(ranked))
     calmest_frozen = min((turbulences[name] for name in frozen), default=math.inf)
     assert all(turbulences[name] < calmest_frozen for name in set(ranked) - set(frozen))
 
@@ -178,7 +181,8 @@ def test_layers_that_are_frozen_no_more_get_their_full_set_back(network, other):
 
 
 @pytest.mark.parametrize(
-    ("share", "frozen"), [(0, ""), (0.25, "b"), (0.5, "bd"), (0.75, "bda"), (1, "abcd")]
+    ("share", "frozen"),
+    [(0, ""), (0.25, "b"), (0.49, "b"), (0.5, "bd"), (0.75, "bda"), (1, "abcd")],
 )
 def test_share_counts_layers_from_the_most_turbulent_one(share, frozen):
     full = dict.fromkeys("abcd", ORDINARY)
@@ -215,22 +219,22 @@ def test_a_share_outside_0_to_1_is_refused(share):
 
 
 def test_the_share_to_freeze_falls_along_a_cosine_from_a_half_to_a_fifth():
-    shares = [freeze_share(i / 100) for i in range(101)]
-    assert shares[0] == pytest.approx(0.5) and shares[100] == pytest.approx(0.2)
-    assert shares[50] == pytest.approx(0.35)
-    assert shares[25] == pytest.approx(0.35 + 0.15 * math.sqrt(1 / 2))  # cos 45 degrees
-    assert all(later < earlier for earlier, later in itertools.pairwise(shares))
+    shares = [freeze_share(part) for part in range(5, 150)]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(shares))
+    assert shares[0] == 0.5 and 0.2 < shares[-1] < 0.202
+    # Half of the decisions that fit into training have been made.
+    assert freeze_share(80, 150, every=3) == pytest.approx(0.35)
+    assert freeze_share(21, 32, start=6, every=2) == pytest.approx(0.35)
 
 
-def test_epochs_at_which_the_release_freezes():
-    early = [*range(6, 108, 2)]  # 6, 8, ..., 106; 72% of 150 epochs is epoch 108
-    assert [e for e in range(150) if is_freeze_epoch(e, 150)] == [*early, 108, 123, 138]
+def test_parts_before_which_the_release_decides():
+    assert [p for p in range(150) if is_decision(p)] == [*range(7, 108, 2), 119, 134, 149]
 
 
-def test_epochs_of_another_schedule():
-    epochs = [e for e in range(20) if is_freeze_epoch(e, 20, 2, 3, late=0.5, late_every=4)]
-    assert epochs == [2, 5, 8, 10, 14, 18]
+def test_parts_of_another_schedule():
+    parts = [p for p in range(20) if is_decision(p, 20, 2, 3, late=0.5, late_every=4)]
+    assert parts == [2, 5, 8, 11, 15, 19]
 
 
-def test_training_that_ends_before_the_first_freeze_never_freezes():
-    assert not any(is_freeze_epoch(epoch, 6) for epoch in range(6))
+def test_training_that_ends_before_the_first_decision_never_freezes():
+    assert not any(is_decision(part, 6) for part in range(6))
