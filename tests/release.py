@@ -98,3 +98,48 @@ def grid_term(
         squares[place] = distance**2
         gradient[place] = 2 * distance / rest
     return float(squares.sum(axis=0).mean()), gradient
+
+
+def decision_before(step: int, steps: int, parts: int = 150) -> int | None:
+    """The last decision's part among those that begin at `step` of a shorter training, or None."""
+    decisions = decision_epochs(parts)
+    begin = [p for p in decisions if math.ceil(p * steps / parts) == step]
+    return begin[-1] if begin else None
+
+
+def decayed_gradient(
+    gradient: np.ndarray, weight: np.ndarray, step: float | None, passes: int, decay: float
+) -> np.ndarray:
+    """Region decay: `step` is the layer's 2-bit step, `passes` its number of passes at 2 bits."""
+    found = gradient.copy()
+    for place in np.ndindex(*weight.shape):
+        w = weight[place]
+        inside = passes > 0 and -2 < w / step < 1
+        found[place] += decay * w * (1 - passes) if inside else decay * w
+    return found
+
+
+class Momentum:
+    """SGD with Nesterov momentum for one parameter."""
+
+    def __init__(self, momentum: float = 0.9):
+        self.momentum, self.buffer = momentum, 0.0
+
+    def move(self, value: np.ndarray, gradient: np.ndarray, rate: float) -> np.ndarray:
+        self.buffer = self.momentum * self.buffer + gradient
+        return value - rate * (gradient + self.momentum * self.buffer)
+
+
+class Adam:
+    """Adam for one parameter (arXiv 1412.6980, algorithm 1)."""
+
+    def __init__(self):
+        self.first, self.second, self.count = 0.0, 0.0, 0
+
+    def move(self, value: np.ndarray, gradient: np.ndarray, rate: float) -> np.ndarray:
+        self.count += 1
+        self.first = 0.9 * self.first + 0.1 * gradient
+        self.second = 0.999 * self.second + 0.001 * gradient**2
+        mean = self.first / (1 - 0.9**self.count)
+        square = self.second / (1 - 0.999**self.count)
+        return value - rate * mean / (np.sqrt(square) + 1e-8)
