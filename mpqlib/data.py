@@ -1,16 +1,19 @@
 """Image data sets by name, split into images to train on, to search on and to test on."""
 
+import io
 import reprlib
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from urllib.error import URLError
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from sklearn.datasets import load_digits
@@ -82,6 +85,79 @@ class Images(Dataset):
         return self.source.labels[self.indices]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class InMemory(Dataset):
+    """Images of equal size that are decoded once and live on a device: training needs no loader.
+
+    Items are (float tensor (3, H, W), int label), as those of `Images`; a slice gives a batch.
+    `padding`: pixels of black around an image, out of which a crop of its own size is taken at
+    random; 0 takes the image itself. `flip`: mirror half of the images.
+    """
+
+    images: Tensor  # (N, 3, H, W), uint8, or float from 0 to 1
+    labels: Tensor  # (N,) int64, on the same device
+    mean: Sequence[float]  # of the three channels, of pixel values from 0 to 1
+    std: Sequence[float]
+    padding: int = 0
+    flip: bool = False
+
+    def __post_init__(self):
+        shape, kind = tuple(self.images.shape), self.images.dtype
+        if len(shape) != 4 or shape[1] != 3 or not (kind == torch.uint8 or kind.is_floating_point):
+            raise ValueError(
+                f"images of shape {shape} and type {kind} are not allowed: (N, 3, H, W) in uint8 or"
+                " a float type"
+            )
+        if self.labels.shape != shape[:1] or self.labels.device != self.images.device:
+            raise ValueError(
+                f"labels of shape {tuple(self.labels.shape)} on {self.labels.device} do not fit: "
+                f"one for each of {shape[0]} images, on {self.images.device}"
+            )
+        _check("padding", self.padding, Integral, "a whole number from 0", lambda v: v >= 0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """The images (N, 3, H, W) and labels (N,) at `indices`, augmented and normalised.
+
+        Random numbers come from torch's global generator of the CPU, so that all devices get the
+        same augmentation. Computes on the device of the images.
+        """
+        chosen = torch.as_tensor(list(indices)).long().to(self.images.device)
+        x = self.images[chosen]
+        if self.padding:
+            x = _random_crops(x, self.padding)
+        if self.flip:
+            mirrored = (torch.rand(len(x)) < 0.5).to(x.device)
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
+        return (x - mean) / std, self.labels[chosen]
+
+    def __getitem__(self, i: int | slice) -> tuple[Tensor, int | Tensor]:
+        if isinstance(i, slice):
+            return self.batch(range(*i.indices(len(self))))
+        x, y = self.batch([i])
+        return x[0], int(y)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """The items at `indices`: a DataLoader calls this once for each batch."""
+        x, y = self.batch(indices)
+        return list(zip(x, y, strict=True))
+
+
+def _random_crops(x: Tensor, padding: int) -> Tensor:
+    """Crops each image of `x` (N, C, H, W) at its own place in its padded copy."""
+    count, _, height, width = x.shape
+    top, left = torch.randint(2 * padding + 1, (2, count, 1)).to(x.device)
+    rows = top + torch.arange(height, device=x.device)  # (N, H)
+    columns = left + torch.arange(width, device=x.device)  # (N, W)
+    image = torch.arange(count, device=x.device)[:, None, None]
+    padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)  # (N, H, W, C)
+    return padded[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class Splits:
     """The splits of a data set. `train`, `search` and `test` share no image.
@@ -89,10 +165,10 @@ class Splits:
     The first images of `calibration` and `search` are a stratified sample, however many one takes.
     """
 
-    train: Images  # augmented
-    calibration: Images  # the images of `train` without augmentation
-    search: Images  # for scoring bit-width configurations, never trained on
-    test: Images
+    train: Dataset  # augmented
+    calibration: Dataset  # the images of `train` without augmentation
+    search: Dataset  # for scoring bit-width configurations, never trained on
+    test: Dataset
     classes: tuple[str, ...]
 
 
@@ -135,6 +211,89 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # white is stored as 0
         grey = 1 - grey
     return Image.fromarray((255 * grey).round().astype(np.uint8))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Jpegs(Sequence):
+    """JPEG files one after the other in one array: items are (PIL image,)."""
+
+    data: np.ndarray  # bytes of all files, uint8
+    offsets: np.ndarray  # (N + 1,): file i is data[offsets[i] : offsets[i + 1]]
+    path: Path  # where they come from, for messages
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> tuple[Image.Image]:
+        file = io.BytesIO(self.data[self.offsets[i] : self.offsets[i + 1]].tobytes())
+        try:
+            return (_to_rgb(Image.open(file, formats=["JPEG"])),)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"image {i} of {self.path} cannot be read: {error}") from error
+
+
+def _npz(path: Path, download: bool) -> list[Source]:
+    """Read a data set of JPEG files in one .npz file.
+
+    Its arrays, for each of the parts "train" and "test": `<part>_jpeg` (uint8), the bytes of all
+    JPEG files one after the other; `<part>_offsets` (N + 1, integers from 0 to the number of
+    bytes), where the files start and the last one ends; `<part>_labels` (N, integers). And
+    `classes` (text), the names of the classes in the order of the labels.
+    Raises ValueError, with the array's name, for a file that does not hold these. Arrays of Python
+    objects, which could run code, are never read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'no file {path}: for the data set "npz", root is a .npz file')
+    parts, kinds = ("train", "test"), ("jpeg", "offsets", "labels")
+    keys = ["classes", *(f"{part}_{kind}" for part in parts for kind in kinds)]
+    try:
+        # The stream is opened here, because np.load leaves that of a broken file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in keys}
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        BadZipFile,
+    ) as error:
+        raise ValueError(f"{path} is not a .npz file of {keys}: {error}") from error
+    names = arrays["classes"]
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise ValueError(f"{path}: classes must be a list of names, not {names!r}")
+    classes = tuple(map(str, names))
+    return [
+        _jpegs(path, part, *(arrays[f"{part}_{kind}"] for kind in kinds), classes) for part in parts
+    ]
+
+
+def _jpegs(
+    path: Path,
+    part: str,
+    data: np.ndarray,
+    offsets: np.ndarray,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+) -> Source:
+    """One part of the .npz file `path`; raises ValueError if its arrays do not fit."""
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise ValueError(f"{path}: {part}_jpeg must hold bytes (uint8) in one dimension")
+    right = offsets.dtype.kind in "iu" and offsets.ndim == 1 and len(offsets) > 1
+    if (
+        not right
+        or (offsets[0], offsets[-1]) != (0, len(data))
+        or (offsets[1:] < offsets[:-1]).any()
+    ):
+        raise ValueError(f"{path}: {part}_offsets must rise from 0 to the {len(data)} bytes")
+    images = Jpegs(data, offsets, path)
+    right = labels.dtype.kind in "iu" and labels.shape == (len(images),)
+    if not right or labels.min() < 0 or labels.max() >= len(classes):
+        raise ValueError(
+            f"{path}: {part}_labels must be {len(images)} labels from 0 to {len(classes) - 1}"
+        )
+    return Source(images, labels, classes)
 
 
 class Pets(datasets.OxfordIIITPet):
@@ -271,6 +430,7 @@ DATASETS = {
     "pets": Spec(partial(_torchvision, Pets, PETS, _PETS_PARTS), photographs=True),
     "imagenet": Spec(lambda root, _: [_imagenet(root, p) for p in ("train", "val")], True),
     "folder": Spec(_folder, photographs=True),
+    "npz": Spec(_npz),
 }
 
 
@@ -374,7 +534,9 @@ def load(
     """Split the data set `name`, one of DATASETS, stored under `root`.
 
     Data sets of torchvision are read from the files that it downloads, or else from image files
-    in train/<class>/* and test/<class>/*.
+    in train/<class>/* and test/<class>/*. For "npz", `root` is one .npz file of small images with
+    the arrays train_jpeg (bytes of all JPEG files), train_offsets (N + 1; where each file starts),
+    train_labels (N), the same for test, and classes (names).
     `image_size`: side in pixels. `search_share`: share of the training images that is held out
     for searches. If the data set has no official test images, it is the share of all images, and
     TEST_SHARE of them are the test images. `seed`: of the split. `download`: fetch missing data.
@@ -408,6 +570,36 @@ def load(
         test=Images(official or pool, test, plain),
         classes=pool.classes,
     )
+
+
+def _in_memory(dataset: Images, device: torch.device) -> InMemory:
+    """Decode `dataset`, whose transform crops and flips at random at most, onto `device`."""
+    stages = {type(stage): stage for stage in dataset.transform.transforms}
+    crop, normalise = stages.get(v2.RandomCrop), stages[v2.Normalize]
+    later = (v2.RandomCrop, v2.RandomHorizontalFlip, v2.ToDtype, v2.Normalize)
+    decode = v2.Compose([s for s in dataset.transform.transforms if not isinstance(s, later)])
+    images = [decode(dataset.source.images[int(i)][0]) for i in dataset.indices]
+    return InMemory(
+        torch.stack(images).to(device),
+        torch.as_tensor(dataset.labels).long().to(device),
+        mean=tuple(normalise.mean),
+        std=tuple(normalise.std),
+        padding=crop.padding[0] if crop else 0,
+        flip=v2.RandomHorizontalFlip in stages,
+    )
+
+
+def load_into_memory(splits: Splits, device: str | torch.device = "cpu") -> Splits:
+    """Decode the images of `splits`, from `load`, once and keep them on `device` as `InMemory`.
+
+    Photographs to train on stay `Images`, because each epoch crops them anew out of their full
+    size. Images on a GPU cannot be read by the worker processes of a loader: use `workers=0`.
+    """
+    device = torch.device(device)
+    parts = {part: getattr(splits, part) for part in ("train", "calibration", "search", "test")}
+    if any(isinstance(stage, v2.RandomResizedCrop) for stage in splits.train.transform.transforms):
+        del parts["train"]
+    return replace(splits, **{part: _in_memory(images, device) for part, images in parts.items()})
 
 
 def imagenet_val(root: str | Path = "data", image_size: int = 224, **view) -> Images:

@@ -1,11 +1,14 @@
 """Data sets: disjoint, stratified, seeded splits; images and labels read rightly; clear errors."""
 
+import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from mpqlib import data
 
@@ -556,3 +559,197 @@ def test_loader_refuses_batches_that_do_not_fit(digits):
     for value in ("64", 64.0, True):
         with pytest.raises(TypeError, match=f"batch_size={value!r} is not allowed"):
             data.loader(digits.search, value)
+
+
+def jpegs(count, seed):
+    """The arrays of one part of a .npz file: `count` random JPEG files of two classes."""
+    rng, files = np.random.default_rng(seed), []
+    for _ in range(count):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file, "JPEG")
+        files.append(file.getvalue())
+    return {
+        "jpeg": np.frombuffer(b"".join(files), np.uint8),
+        "offsets": np.cumsum([0, *map(len, files)]),
+        "labels": np.arange(count) % 2,
+    }
+
+
+def write_npz(path, **changed):
+    """40 images to train on and 6 to test on; `changed` replaces arrays, or drops them if None."""
+    arrays = {"classes": np.array(["cat", "dog"])}
+    for part, count in (("train", 40), ("test", 6)):
+        arrays |= {f"{part}_{name}": array for name, array in jpegs(count, seed=count).items()}
+    arrays |= changed
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return arrays
+
+
+def test_one_npz_file_holds_a_data_set(tmp_path):
+    arrays = write_npz(tmp_path / "pets.npz")
+    splits = data.load("npz", tmp_path / "pets.npz", image_size=8)
+    assert splits.classes == ("cat", "dog")
+    assert [len(getattr(splits, part)) for part in PARTS] == [32, 8, 6]
+    used = np.concatenate([splits.train.indices, splits.search.indices])
+    assert sorted(used) == list(range(40))
+    start, end = arrays["test_offsets"][3:5]
+    file = io.BytesIO(arrays["test_jpeg"][start:end].tobytes())
+    pixels = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    image, label = splits.test[3]
+    assert torch.allclose(image, (pixels - mean) / std, atol=1e-5) and label == 1
+
+
+class Payload:
+    """An object that would write a file if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("train_jpeg", None),
+        ("test_labels", None),
+        ("classes", None),
+        ("train_jpeg", np.zeros(9, np.float32)),
+        ("train_offsets", np.arange(41)),
+        ("train_offsets", np.zeros(1, int)),
+        ("test_labels", np.array([0, 1, 2, 0, 1, 0])),
+        ("test_labels", np.array([0, 1, -1, 0, 1, 0])),
+        ("test_labels", np.zeros(5, int)),
+        ("test_labels", np.zeros(6)),
+        ("classes", np.array([1, 2])),
+    ],
+)
+def test_npz_file_that_does_not_fit_is_refused(name, array, tmp_path):
+    write_npz(tmp_path / "a.npz", **{name: array})
+    with pytest.raises(ValueError, match=rf"a\.npz.*{name}"):
+        data.load("npz", tmp_path / "a.npz")
+
+
+def test_npz_file_never_runs_code(tmp_path):
+    evil = np.array([Payload(tmp_path / "ran")], dtype=object)
+    write_npz(tmp_path / "a.npz", classes=evil)
+    with pytest.raises(ValueError, match=r"a\.npz is not a \.npz file"):
+        data.load("npz", tmp_path / "a.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_and_other_files_are_no_npz(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*root is a \.npz file"):
+        data.load("npz", tmp_path / "missing.npz")
+    for name, content in (
+        ("empty.npz", b""),
+        ("text.npz", b"hello"),
+        ("zip.npz", b"PK\3\4 broken"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is not a \.npz file"):
+            data.load("npz", tmp_path / name)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"array\.npy is not a \.npz file"):
+        data.load("npz", tmp_path / "array.npy")
+
+
+def test_damaged_image_of_an_npz_file_is_named(tmp_path):
+    arrays = write_npz(tmp_path / "a.npz")
+    broken = arrays["test_jpeg"].copy()
+    broken[arrays["test_offsets"][2] :] = 0
+    write_npz(tmp_path / "a.npz", test_jpeg=broken)
+    test = data.load("npz", tmp_path / "a.npz").test
+    with pytest.raises(ValueError, match=r"image 2 of .*a\.npz cannot be read"):
+        test[2]
+
+
+def test_images_in_memory_are_those_of_the_splits(tmp_path, digits):
+    write_npz(tmp_path / "a.npz")
+    for splits in (data.load("npz", tmp_path / "a.npz", image_size=8), digits):
+        kept = data.load_into_memory(splits)
+        assert kept.classes == splits.classes
+        for part in ("calibration", "search", "test"):
+            own, images = getattr(splits, part), getattr(kept, part)
+            assert len(images) == len(own) and images.images.dtype == torch.uint8
+            assert images.labels.tolist() == own.labels.tolist()
+            image, label = images[5]
+            assert torch.allclose(image, own[5][0], atol=1e-6) and label == own[5][1]
+            x, y = images[:6]
+            assert torch.equal(x[5], image) and y.tolist() == own.labels[:6].tolist()
+
+
+def possible_crops(image, padding, flip):
+    """All images that augmentation can make of `image` (3, H, W), from padding with zeros."""
+    _, height, width = image.shape
+    padded = torch.zeros(3, height + 2 * padding, width + 2 * padding, dtype=image.dtype)
+    padded[:, padding : padding + height, padding : padding + width] = image
+    crops = [
+        padded[:, top : top + height, left : left + width]
+        for top in range(2 * padding + 1)
+        for left in range(2 * padding + 1)
+    ]
+    return crops + [crop.flip(2) for crop in crops if flip]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_in_memory_are_random_crops(flip):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (3, 3, 5, 6), dtype=torch.uint8, generator=generator)
+    labels, mean, std = torch.tensor([4, 5, 6]), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    dataset = data.InMemory(images, labels, mean, std, padding=2, flip=flip)
+    possible = [[crop.tolist() for crop in possible_crops(image, 2, flip)] for image in images]
+    indices, seen = [2, 0, 1] * 300, set()
+    torch.manual_seed(0)
+    x, y = dataset.batch(indices)
+    assert y.tolist() == labels[indices].tolist() and x.dtype == torch.float32
+    pixels = x * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    pixels = (pixels * 255).round().to(torch.uint8)
+    for index, image in zip(indices, pixels.tolist(), strict=True):
+        seen.add((index, possible[index].index(image)))  # raises an error for any other image
+    # Each of the crops comes, some of 300 draws among 25 or 50
+    assert len(seen) == 3 * 25 * (2 if flip else 1)
+
+
+def test_augmentation_in_memory_draws_from_the_global_generator():
+    images = torch.randint(256, (8, 3, 6, 6), dtype=torch.uint8)
+    dataset = data.InMemory(images, torch.arange(8), (0, 0, 0), (1, 1, 1), padding=3, flip=True)
+    torch.manual_seed(3)
+    first, other = dataset.batch(range(8))[0], dataset.batch(range(8))[0]
+    torch.manual_seed(3)
+    assert torch.equal(dataset.batch(range(8))[0], first) and not torch.equal(first, other)
+    floats = replace(dataset, images=images / 255)
+    torch.manual_seed(3)
+    assert torch.allclose(floats.batch(range(8))[0], first)
+
+
+def test_loader_reads_batches_from_memory():
+    images = torch.randint(256, (10, 3, 6, 6), dtype=torch.uint8)
+    dataset = data.InMemory(images, torch.arange(10), (0, 0, 0), (1, 1, 1))
+    batches = list(DataLoader(dataset, 4))
+    assert [y.tolist() for _, y in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert torch.allclose(torch.cat([x for x, _ in batches]), images / 255)
+
+
+def test_photographs_to_train_on_stay_in_their_files(tmp_path):
+    paint_classes(tmp_path, ("a", "b"), 10)
+    splits = data.load("folder", tmp_path, image_size=8)
+    kept = data.load_into_memory(splits)
+    assert kept.train is splits.train
+    assert torch.allclose(kept.test[1][0], splits.test[1][0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (torch.zeros(4, 3, 8, 8, dtype=torch.int64), torch.zeros(4).long()),
+        (torch.zeros(4, 1, 8, 8), torch.zeros(4).long()),
+        (torch.zeros(3, 8, 8), torch.zeros(3).long()),
+        (torch.zeros(4, 3, 8, 8), torch.zeros(3).long()),
+    ],
+)
+def test_images_and_labels_in_memory_must_fit(images, labels):
+    with pytest.raises(ValueError, match=r"images of shape|labels of shape"):
+        data.InMemory(images, labels, (0, 0, 0), (1, 1, 1))

@@ -2,12 +2,14 @@
 
 import re
 import urllib.error
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from mpqlib import models
+from mpqlib.network.supernet import Supernet
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -144,3 +146,54 @@ def test_preprocessing_is_what_the_weights_expect():
     torchvision = models.preprocessing("mobilenet_v2")
     assert torchvision["image_size"] == 224 and torchvision["interpolation"] == "bilinear"
     assert round(224 / torchvision["crop_pct"]) == 232
+
+
+def padded_shortcut(block, x):
+    """What a block of a CIFAR ResNet computes, with the shortcut written pixel by pixel."""
+    y = block.bn1(block.conv1(x)).clamp(min=0)
+    y = block.bn2(block.conv2(y))
+    for c in range(x.shape[1]):
+        for i in range(y.shape[2]):
+            for j in range(y.shape[3]):
+                y[:, c, i, j] += x[:, c, i * block.stride, j * block.stride]
+    return y.clamp(min=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("inputs", "channels", "stride"), [(4, 4, 1), (4, 8, 2)])
+def test_cifar_block_adds_pixels_and_zero_channels(inputs, channels, stride):
+    block = models.CifarBlock(inputs, channels, stride).double().eval()
+    x = torch.randn(2, inputs, 6, 6, dtype=torch.float64)
+    assert torch.allclose(block(x), padded_shortcut(block, x), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "millions"),
+    [("resnet20_cifar", 3, "0.27"), ("resnet32_cifar", 5, "0.46"), ("resnet56_cifar", 9, "0.85")],
+)
+def test_cifar_resnets_have_the_published_size(name, blocks, millions):
+    network = models.create(name, 10)
+    channels = [3, *[16] * (2 * blocks + 1), *[32] * 2 * blocks, *[64] * 2 * blocks]
+    sizes = [32] * (2 * blocks + 1) + [16] * 2 * blocks + [8] * 2 * blocks
+    pairs = list(pairwise(channels))
+    convolutions = sum(9 * a * b for a, b in pairs)
+    parameters = convolutions + sum(2 * b for b in channels[1:]) + 64 * 10 + 10
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert f"{parameters / 1e6:.2f}" == millions
+    supernet = Supernet(network, torch.randn(2, 3, 32, 32), (2, 4))  # a warning is an error
+    assert len(supernet.table) == 6 * blocks + 2
+    assert supernet.first == ["conv1"] and supernet.last == ["fc"]
+    macs = sum(9 * a * b * s * s for (a, b), s in zip(pairs, sizes, strict=True)) + 640
+    assert sum(info.macs for info in supernet.table) == macs
+    assert supernet.float_parts == []
+
+
+def test_cifar_resnets_take_the_images_of_cifar():
+    expected = models.preprocessing("resnet32_cifar")
+    assert expected["image_size"] == 32 and expected["crop_pct"] == 1
+    assert expected["mean"] == (0.4914, 0.4822, 0.4465)
+    assert expected["std"] == (0.2470, 0.2435, 0.2616)
+    with pytest.raises(ValueError, match=r"'resnet20_cifar' has no .* pretrained=False"):
+        models.create("resnet20_cifar", 10, pretrained=True)
+    with pytest.raises(ValueError, match=r"'resnet21_cifar' .*'resnet20_cifar'"):
+        models.create("resnet21_cifar", 10)
