@@ -134,7 +134,7 @@ class Supernet(nn.Module):
             for name, pair in (overrides or {}).items()
         }
         if weight_steps not in INITIAL_STEPS:
-            raise ValueError(f"weight_steps={weight_steps!r} is not allowed: {list(INITIAL_STEPS)}")
+            raise ValueError(f"weight_steps={weight_steps!r} is not allowed: 'nested' or 'lsq'")
         steps = dict(
             weight_step=INITIAL_STEPS[weight_steps], scale_step_gradient=scale_step_gradient
         )

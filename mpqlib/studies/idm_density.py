@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from ..data import Splits, loader
 from ..models import create
+from ..network.bits import sample
 from ..network.layers import QuantLinear
 from ..network.supernet import Supernet
 from ..report.intervals import t_bounds
@@ -27,6 +28,7 @@ from ..report.plots import ARM_COLOURS, COLOURS
 from ..training.distortion import reading
 from ..training.evaluation import batch_statistics, evaluate, norms_at, recalibrate
 from ..training.loop import TrainConfig, train
+from ..training.step import idm_gradient_share
 
 
 def jensen_shannon(a: Tensor, b: Tensor, bins: int = 200) -> float:
@@ -108,6 +110,22 @@ def compare_outputs(
     return output_distances(outputs[low], outputs[high]), outputs
 
 
+def idm_share(
+    supernet: Supernet,
+    splits: Splits,
+    weight: float,
+    batch_size: int,
+    seed: int,
+    device: str | torch.device,
+) -> float:
+    """`idm_gradient_share` in one step of training, with three random configurations."""
+    x, y = next(iter(loader(splits.calibration, batch_size)))
+    generator = torch.Generator().manual_seed(seed)
+    configs = [sample(supernet.candidates, generator) for _ in range(3)]
+    step = (supernet, x.to(device), y.to(device), supernet.candidates, configs)
+    return idm_gradient_share(*step, weight)
+
+
 def compare_weights(
     model: str,
     splits: Splits,
@@ -129,8 +147,9 @@ def compare_weights(
     start from, and of the supernets; `seed` and `arms` take the place of their entries.
     `probe_images`: images of the search split whose outputs are compared. `recalibration_images`:
     training images for the batch-norm statistics. Returns `rows` (`output_distances`, beside
-    `top1`, the test top-1 in % with all layers at the smallest bits), each with the columns `arm`
-    and `seed`; `drawn`, some outputs of `layer` by arm and bit-width; and the wall time `seconds`.
+    `top1`, the test top-1 in % with all layers at the smallest bits, and `idm_share`), each with
+    the columns `arm` and `seed`; `drawn`, some outputs of `layer` by arm and bit-width; and the
+    wall time `seconds`.
     """
     started, rows, drawn = time.perf_counter(), [], {}
     low, high = min(bits), max(bits)
@@ -148,7 +167,8 @@ def compare_weights(
         distances, outputs = compare_outputs(supernet, x, splits.calibration, low, high, **options)
         recalibration = dict(calibration=splits.calibration, **options)
         found = evaluate(supernet, splits.test, supernet.uniform(low), **recalibration)
-        about = {"arm": arm, "seed": seed, "top1": 100 * found.top1}
+        share = idm_share(supernet, splits, weight, config.batch_size, seed, device)
+        about = {"arm": arm, "seed": seed, "top1": 100 * found.top1, "idm_share": share}
         rows += [about | row for row in distances]
         drawn[arm] = {b: sampled(outputs[b][layer], 4000).tolist() for b in (low, high)}
     return {"rows": rows, "drawn": drawn, "seconds": time.perf_counter() - started}

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from naive import naive_gradients, naive_quantize, naive_range
 from torch import Tensor
 
-from mpqlib.network.quantizer import Quantizer, compile_quantizers, lsq
+from mpqlib.network.quantizer import (
+    Quantizer,
+    compile_quantizers,
+    integer_range,
+    lsq,
+    nested_step,
+)
 
 BITS = range(2, 9)
 
@@ -231,6 +237,26 @@ def test_only_the_step_in_use_gets_a_gradient(scaled):
     assert quantizer.steps["2"].grad is None and quantizer.steps["6"].grad is None
     divisor = math.sqrt(50 * 7) if scaled else 1
     assert float(quantizer.steps["4"].grad) * divisor == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.4, -2.0])
+def test_nested_grids_are_parts_of_each_other(mean):
+    x = mean + torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = x.flatten().tolist()
+    middle = sum(values) / 30
+    std = math.sqrt(sum((v - middle) ** 2 for v in values) / 29)
+    reach = max(abs(middle - 3 * std), abs(middle + 3 * std))
+    steps = {bits: nested_step(x, bits).item() for bits in (2, 3, 6)}
+    assert steps == {bits: pytest.approx(reach / 2 ** (bits - 1)) for bits in steps}
+    grids = {b: {round(k * s, 9) for k in range(*integer_range(b, True))} for b, s in steps.items()}
+    assert grids[2] < grids[3] < grids[6]
+
+
+def test_nested_steps_of_a_single_weight_of_zeros_and_of_an_unsigned_range():
+    assert nested_step(torch.tensor([-0.5]), 2).item() == 0.25
+    assert nested_step(torch.zeros(7), 3).item() == 1.0
+    with pytest.raises(ValueError, match="signed=False is not allowed"):
+        nested_step(torch.ones(3), 4, signed=False)
 
 
 def test_a_step_that_training_pushed_below_zero_still_quantizes():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mpqlib.network.bits import BitConfig, Bits, Candidates, largest, sample, smallest
 from mpqlib.network.layers import QuantConvBN, QuantLinear
+from mpqlib.network.quantizer import INITIAL_STEPS, lsq_step
 from mpqlib.network.supernet import Supernet
 
 TORCHVISION = [
@@ -768,3 +769,36 @@ def test_replace_refuses_a_layer_that_is_not_there():
     assert config.replace("a", Bits(4, 4))["a"] == (4, 4)
     with pytest.raises(ValueError, match="layer='b' is not in this configuration"):
         config.replace("b", Bits(4, 4))
+
+
+@pytest.mark.parametrize("rule", ["nested", "lsq"])
+def test_initial_steps_of_weights_by_rule(rule):
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)),
+        torch.randn(8, 3, 4, 4),
+    )
+    weight = net[0].weight.detach().clone()
+    supernet = Supernet(net, x, (2, 4), edge_bits=None, weight_steps=rule)
+    for bits in (2, 4):
+        expected = INITIAL_STEPS[rule](weight, bits, True)
+        assert torch.equal(supernet.layers["0"].weight_quantizer.step(bits), expected)
+    assert torch.equal(
+        supernet.layers["2"].act_quantizer.step(2), lsq_step(net[0].op(x).flatten(1), 2, True)
+    )
+
+
+def test_initial_steps_by_an_unknown_rule_are_refused():
+    with pytest.raises(ValueError, match="weight_steps='max' is not allowed: 'nested' or 'lsq'"):
+        Supernet(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(2, 3, 4, 4), weight_steps="max")
+
+
+def test_the_gradient_scale_of_steps_is_a_choice():
+    x, found = torch.randn(8, 3, 4, 4), {}
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+        supernet = Supernet(net, x, (4,), edge_bits=None, scale_step_gradient=scaled)
+        supernet(x, supernet.uniform(4)).sum().backward()
+        found[scaled] = supernet.layers["2"].weight_quantizer.steps["4"].grad
+    torch.testing.assert_close(found[True] * (32 * 7) ** 0.5, found[False])

@@ -8,7 +8,7 @@ from conftest import TinyNet, images
 from torch import nn
 
 from mpqlib.network.bits import largest, sample
-from mpqlib.training.step import float_gradients, one_shot_gradients
+from mpqlib.training.step import float_gradients, idm_gradient_share, one_shot_gradients
 
 
 def reference_gradients(supernet, x, y, configs, idm_weight, smoothing):
@@ -114,3 +114,24 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(supernet, frozen):
             assert ours.grad is None
         elif theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("weight", [0.01, 1.0])
+def test_share_of_the_idm_gradient(supernet, weight):
+    supernet = supernet.double().train()
+    x, y = images(16).tensors
+    configs = [supernet.uniform(2), supernet.uniform(3)]
+    gradients = {}
+    for idm_weight in (0.0, weight):
+        twin = copy.deepcopy(supernet)
+        arguments = twin, x.double(), y, configs, idm_weight, 0.0
+        gradients[idm_weight] = reference_gradients(*arguments)
+    task = sum(float(g.square().sum()) for g in gradients[0.0].values()) ** 0.5
+    of_idm = [gradients[weight][name] - g for name, g in gradients[0.0].items()]
+    expected = sum(float(g.square().sum()) for g in of_idm) ** 0.5 / task
+    before = copy.deepcopy(supernet.state_dict())
+    step = (supernet, x.double(), y, supernet.candidates, configs)
+    assert idm_gradient_share(*step, weight) == pytest.approx(expected, rel=1e-8)
+    assert idm_gradient_share(*step, 0.0) == 0
+    assert all(torch.equal(value, before[key]) for key, value in supernet.state_dict().items())
+    assert all(p.grad is None for p in supernet.parameters())
