@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
+from ..data import InMemory
 from ..files import check_settings, load_state, plain, remove_leftovers, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet
@@ -158,6 +159,8 @@ class Batches(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + step * self.world + self.rank)
             indices = self.order[step * self.size : (step + 1) * self.size]
+            if isinstance(self.dataset, InMemory):
+                return list(self.dataset.batch(indices))
             return default_collate([self.dataset[i] for i in indices])
 
 

@@ -17,6 +17,7 @@ from conftest import TinyNet, images
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from mpqlib.data import InMemory
 from mpqlib.files import load_state, save_state, save_weights
 from mpqlib.network.quantizer import Quantizer
 from mpqlib.network.supernet import Supernet
@@ -58,6 +59,19 @@ def test_training_does_not_touch_the_global_generator(supernet, dataset):
     before = torch.get_rng_state()
     train(supernet, dataset, SMALL)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_images_in_memory_are_trained_on_in_batches():
+    stored = torch.randint(256, (48, 3, 8, 8), dtype=torch.uint8)
+    labels = images(48).tensors[1]
+    inside = InMemory(stored, labels, mean=(0.5,) * 3, std=(0.25,) * 3)
+    outside = TensorDataset((stored / 255 - 0.5) / 0.25, labels)
+    found = []
+    for dataset in (inside, outside):
+        torch.manual_seed(0)
+        found.append(train(TinyNet(), dataset, SMALL)[0].state_dict())
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key])
 
 
 class Augmented(TensorDataset):
