@@ -73,6 +73,7 @@ class TrainConfig:
     weight_decay: float = 2.5e-5
     region_decay: bool = True  # other decay inside the 2-bit clipping region: `decay_by_region`
     step_travel: float = 1.88  # sum of Adam's learning rates: how far a step size can move at most
+    step_lr_limit: float = 0.01  # no learning rate of Adam above this, so that short runs are stable
     clip_value: float = 1.0  # gradient entries are clipped to +- this; math.inf: no clipping
     ema_decay: float = 0.9997  # of the averaged weights; unlike the release's, it warms up
     label_smoothing: float = 0.0
@@ -122,7 +123,7 @@ def _rate(
     c, parts = config, config.schedule_parts
     if isinstance(optimizer, torch.optim.SGD):
         return lambda part: learning_rate(part, parts, c.lr, c.warmup)
-    peak = c.step_travel / max(step_travel(steps, parts), 1e-9)
+    peak = min(c.step_travel / max(step_travel(steps, parts), 1e-9), c.step_lr_limit)
     return lambda part: peak * step_learning_rate(part, parts)
 
 
@@ -472,6 +473,7 @@ def train(
     def after_step() -> None:
         if watch:
             watch(run)
+            model.train()  # `batch_error`, for one, puts it into eval mode
         if run.step % run.steps and time.monotonic() - saved >= 60 * checkpoint_minutes:
             save()
 
