@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import inf, isfinite
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..network.bits import BitConfig, Bits, largest
+from ..network.observation import eval_mode
 from ..network.supernet import Supernet
 from ..network.tracing import Tracer
 from ..training.evaluation import batch_statistics, norms_at, outside_norms
@@ -138,17 +140,21 @@ def batch_error(
     default is cross-entropy in nats. Batch norms use the statistics of the batch itself, so that no
     configuration needs recalibration (as in RFQuant's release, arXiv 2401.01543).
 
-    Puts the supernet into eval mode. Outputs of layers are kept between calls (`Incremental`): call
+    Puts the supernet into eval mode. The error is computed in eval mode in any case; a supernet in
+    another mode returns to it. Outputs of layers are kept between calls (`Incremental`): call
     `batch_error` again after the weights have changed. Raises ValueError if there is no image, or
     not one label for each image.
     """
     if not 0 < len(x) == len(y):
         raise ValueError(f"x holds {len(x)} images and y {len(y)} labels: one label for each image")
     logits, outside = Incremental(supernet.eval(), x), outside_norms(supernet)
+    modules = list(supernet.modules())
 
     @torch.inference_mode()
     def error(config: BitConfig) -> float:
-        with batch_statistics(norms_at(supernet, config) + outside):
+        training = any(module.training for module in modules)
+        mode = eval_mode(supernet) if training else nullcontext()
+        with mode, batch_statistics(norms_at(supernet, config) + outside):
             return float(loss(logits(config), y))
 
     return error

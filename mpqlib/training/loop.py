@@ -39,6 +39,10 @@ from .optimization import (
 from .scheduler import cosine, freeze, freeze_share, is_decision, turbulence
 from .step import float_gradients, one_shot_gradients
 
+# Number of the training rules, which stored runs name. 2: those of RFQuant's release, as recorded in
+# tests/data; in 1, the grid term, initial steps, learning rates and freezing differed.
+RULES = 2
+
 # Smallest and largest value allowed of settings; any other number is at least 0.
 RANGES = {
     "batch_size": (1, math.inf),

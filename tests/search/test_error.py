@@ -4,13 +4,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import TinyNet, images
 from torch import nn
 
 from mpqlib import models
 from mpqlib.network.bits import Bits, sample
 from mpqlib.network.supernet import Supernet
-from mpqlib.search.error import Incremental
+from mpqlib.search.error import Incremental, batch_error
 
 
 class Overwriting(nn.Module):
@@ -102,3 +102,26 @@ def test_what_is_added_in_place_is_added_once():
             bits = 2 if config[layer].weight == 4 else 4
             config = config.replace(layer, Bits(bits, bits))
         assert torch.equal(outputs(config), supernet(x, config)), layer
+
+
+class Dropping(TinyNet):
+    """TinyNet with dropout before its classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Sequential(nn.Dropout(), self.last)
+
+
+def test_the_error_is_computed_in_eval_mode_and_the_mode_comes_back():
+    x, y = images(8).tensors
+    supernet = Supernet(Dropping(), x, (2, 4))
+    error, config = batch_error(supernet, x, y), supernet.uniform(4)
+    expected, other = error(config), error(supernet.uniform(2))
+    assert expected != other
+    supernet.model.stem.train()
+    modes = [module.training for module in supernet.modules()]
+    assert error(config) == expected
+    assert [module.training for module in supernet.modules()] == modes
+    supernet.train()
+    assert error(supernet.uniform(2)) == other and error(config) == expected
+    assert all(module.training for module in supernet.modules())

@@ -21,6 +21,7 @@ from mpqlib.data import InMemory
 from mpqlib.files import load_state, save_state, save_weights
 from mpqlib.network.quantizer import Quantizer
 from mpqlib.network.supernet import Supernet
+from mpqlib.search.error import batch_error
 from mpqlib.training.loop import TrainConfig, train
 
 SMALL = TrainConfig(
@@ -469,6 +470,15 @@ def test_training_learns(supernet, dataset, dtype):
     _, history = train(supernet, dataset, config)
     assert history[-1]["accuracy"] > 0.8 > history[0]["accuracy"]
     assert history[-1]["accuracy_random"] > history[0]["accuracy_random"]
+
+
+def test_each_step_trains_in_train_mode_whatever_watch_does(supernet, dataset):
+    def watch(run):
+        batch_error(run.model, *dataset[:8])(run.model.uniform(4))
+
+    plain, _ = train(copy.deepcopy(supernet), dataset, SMALL)
+    watched, _ = train(supernet, dataset, SMALL, watch=watch)
+    assert same(plain, watched)
 
 
 def test_every_step_is_watched_and_changes_nothing(dataset):
