@@ -129,21 +129,22 @@ def remembered(path: Path, about: Mapping, compute: Callable[[], object]) -> obj
     path, about = Path(path), plain(dict(about), "about")
     if not path.exists():
         value = plain(compute(), "value")
-        save_json(path, {"about": about, "value": value, "sha256": _json_hash(about, value)})
+        save_json(path, {"about": about, "value": value, "sha256": json_hash([about, value])})
     remedy = "remove it to compute the result again"
     try:
         kept = json.loads(path.read_text("utf-8"))
         saved, value, digest = dict(kept["about"]), kept["value"], kept["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is damaged, or is not a stored result: {remedy}") from None
-    if digest != _json_hash(saved, value):
+    if digest != json_hash([saved, value]):
         raise ValueError(f"{path} is damaged, its content does not match its SHA-256: {remedy}")
     check_settings(path, saved, about)
     return value
 
 
-def _json_hash(about: object, value: object) -> str:
-    return hashlib.sha256(json.dumps([about, value], sort_keys=True).encode()).hexdigest()
+def json_hash(value: object) -> str:
+    """SHA-256 of `value` as JSON; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def save_state(path: Path, state: Mapping) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import load_weights, save_json, save_weights
+from ..files import json_hash, load_weights, plain, save_json, save_weights
 from ..models import create
 from ..network.bits import BitConfig, Candidates
 from ..network.cost import COST_MODEL, bitops
@@ -17,7 +17,7 @@ from ..network.supernet import Supernet
 from ..training.evaluation import check_statistics
 
 POLICY, WEIGHTS = "policy.json", "supernet.safetensors"  # stored beside one another
-REBUILD = "candidates", "pair_norms", "input_shape"  # what converting a float network takes
+HASH = "policy_sha256"  # entry of policy.json: the hash of its other entries
 
 
 class Policy(nn.Module):
@@ -38,15 +38,15 @@ class Policy(nn.Module):
 
 
 def describe_policy(supernet: Supernet, config: BitConfig, sha256: str, about: Mapping) -> dict:
-    """The contents of policy.json: bits per layer, cost, and what `load_policy` needs.
+    """The contents of policy.json: bits per layer, cost, what `load_policy` needs, and a hash.
 
     `sha256`: of the weights, from `save_weights`. `about`: further entries, such as those of
-    `save_policy`.
+    `save_policy`; stored as `plain` makes them.
     """
     supernet.check(config)
     convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
-    return {
-        **about,
+    content = {
+        **plain(dict(about), "about"),
         "cost_model": COST_MODEL,
         "first": {name: "float input, counted at its bits below" for name in supernet.first},
         "last": supernet.last,
@@ -57,6 +57,13 @@ def describe_policy(supernet: Supernet, config: BitConfig, sha256: str, about: M
         "bitops_g": bitops(supernet.table, config) / 1e9,
         "layers": {name: list(bits) for name, bits in config.items()},
     }
+    content.pop(HASH, None)  # `about` may come from another policy
+    return content | {HASH: json_hash(content)}
+
+
+def _staged(folder: Path, sha256: str) -> Path:
+    """Where the weights lie until policy.json refers to them."""
+    return folder / f"staged.{sha256}.safetensors"
 
 
 def save_policy(
@@ -66,25 +73,35 @@ def save_policy(
 
     Call `recalibrate` at `config` before: the batch norms are stored with their present statistics.
     `about`: further entries of policy.json. With "model" (a name that `models.create` knows) and
-    "classes" (their number), `load_policy` can build the network itself. Raises ValueError if
-    `config` does not fit the supernet, or if batch norms hold statistics of another configuration.
+    "classes" (their number), `load_policy` can build the network itself. Replaces an earlier policy
+    in `folder`; after an interruption, either the earlier or the new one loads. Raises ValueError,
+    before anything is written, if `config` does not fit the supernet, if batch norms hold
+    statistics of another configuration, or for `about` that cannot be stored.
     """
-    folder, about = Path(folder), dict(about or {})
+    folder, about = Path(folder), plain(dict(about or {}), "about")
     check_statistics(supernet, config)
-    sha256 = save_weights(folder / WEIGHTS, supernet, about)
+    new = folder / f"new.{WEIGHTS}"
+    sha256 = save_weights(new, supernet, about)
+    staged = _staged(folder, sha256)
+    new.replace(staged)
+    # This replaces the earlier policy. Until then, its weights must stay in their place.
     save_json(folder / POLICY, describe_policy(supernet, config, sha256, about))
+    staged.replace(folder / WEIGHTS)
+    for left in folder.glob(_staged(folder, "*").name):  # by interrupted calls
+        left.unlink()
     return folder / POLICY
 
 
 def _read(path: Path) -> dict:
     """The contents of a policy file; raises ValueError if they are no policy of this version."""
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}: give the path of a policy.json")
     try:
         stored = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist: give the path of a policy.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): give the path of a policy.json") from error
-    expected = {"layers", "cost_model", "checkpoint_sha256", "bitops_g"}
+    expected = {"layers", "cost_model", "checkpoint_sha256", "bitops_g", HASH}
     if not isinstance(stored, dict) or not expected <= stored.keys():
         raise ValueError(f"{path} is no policy: it needs the keys {sorted(expected)}")
     if stored["cost_model"] != COST_MODEL:
@@ -92,14 +109,19 @@ def _read(path: Path) -> dict:
             f"{path} has the cost model {stored['cost_model']!r}, but this version of mpqlib has "
             f"{COST_MODEL!r}: its BitOPs cannot be compared; use the version that wrote it"
         )
+    if stored[HASH] != json_hash({key: stored[key] for key in stored.keys() - {HASH}}):
+        raise ValueError(
+            f"{path} was changed, its content does not match its {HASH}: save the policy again"
+        )
     return stored
 
 
 def _check_weights(path: Path, sha256: str, policy: Path) -> None:
     """Raises FileNotFoundError or ValueError unless `path` holds the weights of `policy`."""
     if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(
-            f"{path} does not exist: {policy} needs its weights beside it, or pass weights=<file>"
+            f"{path} {what}: {policy} needs its weights beside it, or pass weights=<file>"
         )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
@@ -110,13 +132,12 @@ def _check_weights(path: Path, sha256: str, policy: Path) -> None:
 
 def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
     """The supernet that `stored` describes, with fresh weights."""
-    needed = [*REBUILD, *(("model", "classes") if model is None else ())]
-    if missing := [key for key in needed if key not in stored]:
-        hint = "pass model=<the supernet, converted as for training>"
-        if not set(missing) & set(REBUILD):
-            hint = "pass model=<the float network>"
-        raise ValueError(f"{path} lacks {missing}, so the network cannot be built: {hint}")
     if model is None:
+        if missing := [key for key in ("model", "classes") if key not in stored]:
+            raise ValueError(
+                f"{path} lacks {missing}, so the network cannot be built: pass model=<the float "
+                "network>"
+            )
         model = create(stored["model"], stored["classes"])
     candidates = {n: Candidates(*map(tuple, c)) for n, c in stored["candidates"].items()}
     # Steps and signs, which the example would set, are stored with the weights.
@@ -146,12 +167,15 @@ def load_policy(
     stored one; it is changed in place. None: `models.create` builds the network by its stored name.
 
     Raises FileNotFoundError if a file is missing. Raises ValueError if policy.json is no policy,
-    lacks what building the network needs or has another cost model, if the weights have another
-    SHA-256, or if the network does not fit.
+    was changed, lacks what building the network needs or has another cost model, if the weights
+    have another SHA-256, or if the network does not fit.
     """
     path = Path(path)
     stored = _read(path)
-    weights = path.with_name(WEIGHTS) if weights is None else Path(weights)
+    if weights is None:
+        staged = _staged(path.parent, stored["checkpoint_sha256"])
+        weights = staged if staged.is_file() else path.with_name(WEIGHTS)
+    weights = Path(weights)
     _check_weights(weights, stored["checkpoint_sha256"], path)
     config = BitConfig.of(stored["layers"])
     try:

@@ -1,8 +1,12 @@
 """A policy comes back as it was stored, or names what does not fit."""
 
 import copy
+import itertools
 import json
+import math
+import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyNet, images
@@ -145,6 +149,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("[1]", "is no policy"),
         ('{"layers": {}}', "is no policy"),
         ("\xff", "is not JSON"),
+        ("[" * 200_000, "is not JSON"),
     ],
 )
 def test_a_file_that_is_no_policy_is_named(tmp_path, content, message):
@@ -165,10 +170,7 @@ def test_a_network_without_a_name_must_be_given(stored):
         mpqlib.load_policy(stored)
 
 
-def test_an_earlier_policy_needs_the_converted_network(stored, supernet, config):
-    change(stored, candidates=None, pair_norms=None, input_shape=None)
-    with pytest.raises(ValueError, match=r"lacks \['candidates', 'pair_norms', 'input_shape'\]"):
-        mpqlib.load_policy(stored, model=TinyNet())
+def test_a_converted_network_can_be_given(stored, supernet, config):
     x = images(4).tensors[0]
     expected = supernet.eval()(x, config)
     other = unlike_its_start(copy.deepcopy(supernet))
@@ -201,9 +203,99 @@ def test_a_network_that_does_not_fit_is_named(stored, network):
 
 
 def test_another_image_size_is_noticed(stored):
-    change(stored, input_shape=[3, 16, 16])
+    larger = Supernet(TinyNet(), torch.randn(4, 3, 16, 16), (2, 3, 4))
     with pytest.raises(ValueError, match="G BitOPs, not"):
+        mpqlib.load_policy(stored, model=larger)
+
+
+CHANGES = [
+    *({"layers": wrong} for wrong in (None, [], {"last": [2]}, {"last": [2, 4, 4]})),
+    *({"candidates": wrong} for wrong in ({}, [], {"last": [2]})),
+    *({"input_shape": wrong} for wrong in ([], "abc", [3, 16, 16])),
+    *({"bitops_g": wrong} for wrong in ("x", math.nan, 1)),
+    *({"pair_norms": "x"}, {"first": {}}, {"note": "yours"}, {"another": 1}),
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_a_changed_policy_file_is_noticed(stored, changes):
+    change(stored, **changes)
+    with pytest.raises(ValueError, match=r"policy\.json (was changed|is no policy)"):
         mpqlib.load_policy(stored, model=TinyNet())
+
+
+def test_exchanged_bits_of_the_same_cost_are_noticed(stored):
+    policy = json.loads(stored.read_text())
+    layers = policy["layers"] | {"pointwise": policy["layers"]["pointwise"][::-1]}
+    layers |= {"depthwise": policy["layers"]["depthwise"][::-1]}
+    assert layers != policy["layers"]
+    change(stored, layers=layers)
+    with pytest.raises(ValueError, match=r"policy\.json was changed"):
+        mpqlib.load_policy(stored, model=TinyNet())
+
+
+def test_a_folder_is_no_policy(stored, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is a folder: give the path of a policy\.json"):
+        mpqlib.load_policy(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        mpqlib.load_policy(stored, weights=tmp_path, model=TinyNet())
+
+
+def test_a_loaded_policy_can_be_saved_again_with_its_entries(stored, tmp_path):
+    policy = mpqlib.load_policy(stored, model=TinyNet())
+    again = mpqlib.save_policy(tmp_path / "b", policy.supernet, policy.config, policy.about)
+    assert mpqlib.load_policy(again, model=TinyNet()).about["note"] == "mine"
+
+
+def test_entries_are_plain_or_refused_before_anything_is_written(stored, supernet, config):
+    before = {path: path.read_bytes() for path in stored.parent.iterdir()}
+    with pytest.raises(ValueError, match=r"about\['a'\].*cannot be stored"):
+        mpqlib.save_policy(stored.parent, supernet, config, {"a": torch.ones(2)})
+    assert {path: path.read_bytes() for path in stored.parent.iterdir()} == before
+    mpqlib.save_policy(stored.parent, supernet, config, {"lr": np.float32(0.5)})
+    assert mpqlib.load_policy(stored, model=TinyNet()).about["lr"] == 0.5
+
+
+def interrupted(monkeypatch, call, save):
+    """Runs `save`, interrupted at its `call`-th renaming of a file; returns whether it was."""
+    calls = itertools.count()
+    replace = os.replace
+
+    def interrupt(*args):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        try:
+            save()
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def test_after_interruptions_the_earlier_or_the_new_policy_loads(supernet, tmp_path, monkeypatch):
+    twin, config = copy.deepcopy(supernet), supernet.uniform(4)
+
+    def load():
+        return mpqlib.load_policy(tmp_path / "policy.json", model=copy.deepcopy(twin)).about["n"]
+
+    def save(n):
+        unlike_its_start(supernet)
+        mpqlib.save_policy(tmp_path, supernet, config, {"n": n})
+
+    save(n := 0)
+    interruptions = 0
+    for first, second in itertools.product(range(5), repeat=2):
+        for call in (first, second):
+            n, before = n + 1, load()
+            was_interrupted = interrupted(monkeypatch, call, lambda n=n: save(n))
+            assert load() in ((before, n) if was_interrupted else (n,))
+            interruptions += was_interrupted
+    assert interruptions >= 20
+    save(n + 1)
+    assert {p.name for p in tmp_path.iterdir()} == {"policy.json", "supernet.safetensors"}
 
 
 def test_bits_that_are_no_candidates_are_refused(supernet, tmp_path):
