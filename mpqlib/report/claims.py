@@ -15,7 +15,7 @@ from ..files import save_atomically
 from .intervals import t_interval
 from .paper import FINDINGS, PAPER, Claim, Listed
 from .results import results_table
-from .runs import checkout
+from .runs import checkout, has_earlier_rules
 from .tables import markdown_table, show_markdown
 
 if TYPE_CHECKING:
@@ -177,7 +177,9 @@ def listed_cells(claim: Listed, results: Path) -> list[str]:
     if claim.run is not None:
         run = f"{claim.notebook}/{claim.run}"
         metrics = pd.read_csv(Path(results) / run / "metrics.csv")
-        row = cells(metrics, claim, f"[{claim.notebook[:2]} {claim.run}](results/{run})")
+        link = f"[{claim.notebook[:2]} {claim.run}](results/{run})"
+        old = ", earlier rules" if has_earlier_rules(Path(results) / run) else ""
+        row = cells(metrics, claim, link + old)
     what = f"{claim.text}<br>Measure: {claim.measure}"
     paper = claim.place if claim.source == "ours" else f"{claim.place}<br>{claim.paper}"
     return [what, paper, *row[2:]]
@@ -188,7 +190,8 @@ Each claim of a paper is judged by one measure on one run, the largest there is.
 arm minus base, paired by seed, with its 95% t-interval. *Reproduced*: the interval excludes zero
 and the difference has the claimed sign. *Contradicted*: it excludes zero, with the opposite sign.
 *Undecided*: it holds zero; the table says which effects it excludes. *Not tested*: no run yet, or
-fewer than {LEAST} seeds. These runs use small networks and data sets; none was trained on ImageNet.
+fewer than {LEAST} seeds. *Earlier rules*: the run was made before the training rules were those of
+RFQuant's release. These runs use small networks and data sets; none was trained on ImageNet.
 The papers' figures were taken from summaries by others and are not yet checked against the papers.
 """
 
@@ -218,6 +221,8 @@ def run_section(folder: Path) -> str:
         f"Made with mpqlib commit {commit[:7]} on {source['date'][:10]}; number of seeds: {seeds};"
     )
     about += f" [settings]({notebook}/{run}/parameters.yaml)."
+    if has_earlier_rules(folder):
+        about += " *Earlier training rules.*"
     lines = [f"## [{notebook} / {run}]({notebook}/{run})", about]
     if (folder / "claims.json").exists():
         lines.append(table(*stored(notebook, run, folder.parents[1])))

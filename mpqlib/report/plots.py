@@ -10,12 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..network.bits import BitConfig
+from ..network.bits import LARGEST, SMALLEST, BitConfig
 from ..network.cost import bitops, layer_bitops
 from ..network.supernet import LayerInfo
 
-# viridis is ordered like bit-widths, and colour-blind people can read it.
-COLOURS = dict(zip(range(2, 9), sns.color_palette("viridis", 7), strict=True))
+# viridis is ordered like bit-widths, and colour-blind people can read it. Above 8 bits, differences
+# are small: these bit-widths share one colour.
+_VIRIDIS = sns.color_palette("viridis", 7)
+COLOURS = {bits: _VIRIDIS[min(bits, 8) - SMALLEST] for bits in range(SMALLEST, LARGEST + 1)}
 ARM_COLOURS = sns.color_palette("colorblind")[1:]  # none is a colour of a bit-width
 
 
@@ -70,7 +72,7 @@ def turbulence_map(history: Sequence[Mapping]) -> Figure:
 def policy_bits(table: Sequence[LayerInfo], config: BitConfig) -> Figure:
     """Weight bits, activation bits and share of all BitOPs of each layer.
 
-    `table`: of the supernet. `config`: bits from 2 to 8.
+    `table`: of the supernet. `config`: bits of its layers.
     """
     names = [info.name for info in table]
     total = bitops(table, config)

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 import yaml
 
 from .intervals import t_interval
+from .runs import has_earlier_rules
 from .tables import markdown_table
 
 RESULT_HEADS = (
@@ -46,45 +48,59 @@ def searched_beside_uniform(front: pd.DataFrame, level: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _compared(rows: pd.DataFrame) -> tuple[str, str]:
+    """The cells of the searched policy and of uniform bits, from one row per seed."""
+    searched, uniform = rows["searched"].mean(), rows["uniform"].mean()
+    if len(rows) == 1:
+        return f"{searched:.1f}", f"{uniform:.1f}"
+    gain = t_interval(rows["searched"] - rows["uniform"])
+    return (
+        f"{searched:.1f} ({gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}])",
+        f"{uniform:.1f}",
+    )
+
+
+def _seeds(count: int, folder: Path) -> str:
+    number = f"{count} seeds" if count > 1 else "1 seed"
+    return f"{number}, earlier rules" if has_earlier_rules(folder) else number
+
+
 def _searched_cells(folder: Path, level: float) -> list[str]:
     """One row of the table, from a run of 04_search."""
     metrics = pd.read_csv(folder / "metrics.csv")
     rows = searched_beside_uniform(metrics[metrics["study"] == "front"], level)
-    searched, uniform = (t_interval(rows[column]) for column in ("searched", "uniform"))
-    gain = t_interval(rows["searched"] - rows["uniform"])
-    return [
-        _named(folder),
-        f"{rows['budget_g'].iloc[0]:.3g}",
-        f"{searched.mean:.1f} ({gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}])",
-        f"{uniform.mean:.1f}",
-        "not measured",
-        f"{len(rows)} seeds",
-        "",
-    ]
+    budget = f"{rows['budget_g'].iloc[0]:.3g}"
+    seeds = _seeds(len(rows), folder)
+    return [_named(folder), budget, *_compared(rows), "not measured", seeds, ""]
 
 
-def _trained_cells(folder: Path) -> list[str]:
-    """One row of the table, from a run of 03_train."""
-    found = json.loads((folder / "result.json").read_text())
-    budget = found["bitops_budget_g"]
-    within = [row for row in found["uniform"] if row["bitops_g"] <= budget]
-    best = max(within, key=lambda row: row["search_top1"])
+def _trained_cells(folders: list[Path]) -> list[str]:
+    """One row of the table, from runs of 03_train that differ in their seeds alone.
+
+    Uniform bits are the best on the search split within the budget, in each run.
+    """
+    found = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    budget, rows = found[0]["bitops_budget_g"], []
+    for run in found:
+        within = [row for row in run["uniform"] if row["bitops_g"] <= budget]
+        best = max(within, key=lambda row: row["search_top1"])
+        rows.append({"searched": run["searched"]["top1"], "uniform": best["top1"]})
     return [
-        _named(folder),
+        _named(folders[0]),
         f"{budget:.3g}",
-        f"{found['searched']['top1']:.1f}",
-        f"{best['top1']:.1f}",
-        f"{found['top1_float']:.1f}",
-        "1 seed",
-        f"{found['seconds'] / 60:.0f} min",
+        *_compared(pd.DataFrame(rows)),
+        f"{mean(run['top1_float'] for run in found):.1f}",
+        _seeds(len(found), folders[0]),
+        f"{mean(run['seconds'] for run in found) / 60:.0f} min",
     ]
 
 
 def results_table(results: Path) -> str:
     """Searched policies beside uniform bits and the float network, as Markdown.
 
-    In parentheses: searched minus uniform, paired by seed, with its 95% t-interval.
+    In parentheses: searched minus uniform, paired by seed, with its 95% t-interval. The runs of
+    03_train with other seeds lie beside the first one, as digits_seed1 and so on.
     """
-    rows = [_trained_cells(results / "03_train" / "digits")]
+    rows = [_trained_cells(sorted((results / "03_train").glob("digits*")))]
     rows += [_searched_cells(results / "04_search" / run, level) for run, level in SHOWN.items()]
     return markdown_table(RESULT_HEADS, rows)

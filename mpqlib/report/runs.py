@@ -21,6 +21,7 @@ from ..network.bits import BitConfig
 from ..network.cost import bitops, model_size
 from ..network.supernet import Supernet
 from ..training.evaluation import evaluate, recalibrate
+from ..training.loop import RULES
 from .intervals import top1_interval
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "mpqlib")
@@ -125,19 +126,26 @@ class Stopwatch:
 
 
 def provenance(seeds: Sequence[int], seconds: float) -> dict:
-    """Commit of mpqlib (None outside its repository), package versions, processor, seeds and date.
+    """Commit of mpqlib (None outside its repository), training rules, versions, seeds and the like.
 
     `seconds`: wall time of the whole study, such as from Stopwatch.
     """
     versions = {package: installed_version(package) for package in PACKAGES}
     return {
         "commit": own_commit(),
+        "training_rules": RULES,
         "versions": {"python": platform.python_version()} | versions,
         "processor": processor(),
         "seeds": list(seeds),
         "seconds": round(seconds, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def has_earlier_rules(folder: Path) -> bool:
+    """Whether the run stored in `folder` was made with earlier training rules than the present."""
+    source = json.loads((Path(folder) / "provenance.json").read_text())
+    return source.get("training_rules", 1) < RULES
 
 
 def save_run(

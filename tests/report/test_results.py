@@ -1,9 +1,15 @@
 """The table of results on the first page."""
 
+import json
+
 import pandas as pd
 import pytest
+import yaml
+from textbook import textbook_t_interval
 
+from mpqlib.report import results
 from mpqlib.report.results import searched_beside_uniform
+from mpqlib.training.loop import RULES
 
 
 def front(seed, greedy, uniform):
@@ -34,3 +40,46 @@ def test_uniform_bits_are_chosen_on_the_search_split_within_the_budget():
 def test_a_budget_below_all_uniform_bits_has_no_comparison():
     with pytest.raises(ValueError):
         searched_beside_uniform(front(0, 52.0, [(3.0, 60, 50.0)]), 3)
+
+
+def store(folder, searched, uniform, rules):
+    """A run of 03_train: `uniform` has (BitOPs, search top-1, test top-1) of uniform bits."""
+    folder.mkdir(parents=True)
+    found = {
+        "bitops_budget_g": 3.0,
+        "searched": {"top1": searched},
+        "uniform": [dict(bitops_g=c, search_top1=s, top1=t) for c, s, t in uniform],
+        "top1_float": 99.0,
+        "seconds": 240.0,
+    }
+    (folder / "result.json").write_text(json.dumps(found))
+    (folder / "provenance.json").write_text(json.dumps({"training_rules": rules}))
+    about = dict(model="resnet18", dataset="digits", image_size=80)
+    (folder / "parameters.yaml").write_text(yaml.safe_dump(about))
+
+
+def test_runs_of_several_seeds_are_one_row_with_an_interval(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "SHOWN", {})
+    # Within the budget, the second one is best on the search split; the third costs too much.
+    uniform = [(1.0, 60, 99.0), (2.0, 65, 90.0), (3.5, 70, 99.0)]
+    searched = [94.0, 95.0, 97.0]
+    for name, top1 in zip(("digits", "digits_seed1", "digits_seed2"), searched, strict=True):
+        store(tmp_path / "03_train" / name, top1, uniform, RULES)
+    row = results.results_table(tmp_path).splitlines()[-1].strip("| ").split(" | ")
+    mean, low, high = textbook_t_interval([top1 - 90.0 for top1 in searched])
+    assert row == [
+        "resnet18, digits (scikit-learn), 80 px",
+        "3",
+        f"{sum(searched) / 3:.1f} ({mean:+.1f} [{low:+.1f}, {high:+.1f}])",
+        "90.0",
+        "99.0",
+        "3 seeds",
+        "4 min",
+    ]
+
+
+def test_a_single_run_has_no_interval_and_earlier_rules_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "SHOWN", {})
+    store(tmp_path / "03_train" / "digits", 94.0, [(2.0, 65, 90.0)], RULES - 1)
+    row = results.results_table(tmp_path).splitlines()[-1].strip("| ").split(" | ")
+    assert row[2:6] == ["94.0", "90.0", "99.0", "1 seed, earlier rules"]
