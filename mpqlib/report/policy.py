@@ -17,7 +17,7 @@ from ..network.supernet import Supernet
 from ..training.evaluation import check_statistics
 
 POLICY, WEIGHTS = "policy.json", "supernet.safetensors"  # stored beside one another
-HASH = "policy_sha256"  # entry of policy.json: the hash of its other entries
+POLICY_HASH = "policy_sha256"  # entry of policy.json: the hash of its other entries
 
 
 class Policy(nn.Module):
@@ -57,8 +57,8 @@ def describe_policy(supernet: Supernet, config: BitConfig, sha256: str, about: M
         "bitops_g": bitops(supernet.table, config) / 1e9,
         "layers": {name: list(bits) for name, bits in config.items()},
     }
-    content.pop(HASH, None)  # `about` may come from another policy
-    return content | {HASH: json_hash(content)}
+    content.pop(POLICY_HASH, None)  # `about` may come from another policy
+    return content | {POLICY_HASH: json_hash(content)}
 
 
 def _staged(folder: Path, sha256: str) -> Path:
@@ -101,7 +101,7 @@ def _read(path: Path) -> dict:
         stored = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}): give the path of a policy.json") from error
-    expected = {"layers", "cost_model", "checkpoint_sha256", "bitops_g", HASH}
+    expected = {"layers", "cost_model", "checkpoint_sha256", "bitops_g", POLICY_HASH}
     if not isinstance(stored, dict) or not expected <= stored.keys():
         raise ValueError(f"{path} is no policy: it needs the keys {sorted(expected)}")
     if stored["cost_model"] != COST_MODEL:
@@ -109,9 +109,9 @@ def _read(path: Path) -> dict:
             f"{path} has the cost model {stored['cost_model']!r}, but this version of mpqlib has "
             f"{COST_MODEL!r}: its BitOPs cannot be compared; use the version that wrote it"
         )
-    if stored[HASH] != json_hash({key: stored[key] for key in stored.keys() - {HASH}}):
+    if stored[POLICY_HASH] != json_hash({key: stored[key] for key in stored.keys() - {POLICY_HASH}}):
         raise ValueError(
-            f"{path} was changed, its content does not match its {HASH}: save the policy again"
+            f"{path} was changed, its content does not match its {POLICY_HASH}: save the policy again"
         )
     return stored
 
