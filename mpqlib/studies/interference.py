@@ -196,7 +196,8 @@ def direction_variance(gradients: Tensor) -> Tensor:
     units = torch.where(norms > 0, gradients / norms, 0.0)
     count = (norms > 0).sum(0)
     mean = units.sum(0) / count.clamp(min=1)
-    return torch.where(count[..., 0] > 0, 1 - mean.square().sum(-1), 0.0)
+    variance = (1 - mean.square().sum(-1)).clamp(min=0)  # rounding may leave -1e-16
+    return torch.where(count[..., 0] > 0, variance, 0.0)
 
 
 def count_crossings(w_hat: Tensor) -> Tensor:

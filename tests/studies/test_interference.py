@@ -208,6 +208,13 @@ def test_direction_variance(gradients, expected):
     assert found.shape == (1, 1) and found.item() == pytest.approx(expected)
 
 
+def test_direction_variance_is_never_negative():
+    lengths = torch.rand(100, 200, 1, 1, dtype=torch.float64)
+    directions = torch.randn(200, 1, 2, dtype=torch.float64)  # one for each seed
+    found = interference.direction_variance(lengths * directions)
+    assert (found >= 0).all() and (found < 1e-12).all()
+
+
 def test_direction_variance_ignores_lengths_and_rotations():
     gradients = torch.randn(40, 3, 2, 2, dtype=torch.float64)
     scaled = gradients * torch.rand(40, 3, 2, 1, dtype=torch.float64)
