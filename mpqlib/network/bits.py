@@ -51,14 +51,24 @@ def check_bits(name: str, bits: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted({int(b) for b in widths}))
 
 
+def _refuse_repeats(names: list[str]) -> None:
+    if repeated := [name for name in set(names) if names.count(name) > 1]:
+        raise ValueError(f"{sorted(repeated)} stand there more than once")
+
+
 @dataclass(frozen=True)
 class BitConfig(Mapping):
     """The bit-widths of every layer: an immutable, hashable mapping of layer name to Bits.
 
-    `layers`: pairs of layer name and Bits, in the network's order.
+    `layers`: pairs of layer name and Bits, in the network's order. Raises ValueError if a name
+    stands there twice.
     """
 
     layers: tuple[tuple[str, Bits], ...]
+
+    def __post_init__(self):
+        if len(self._bits) != len(self.layers):
+            _refuse_repeats([name for name, _ in self.layers])
 
     @classmethod
     def of(cls, bits: Mapping[str, tuple[int, int]]) -> "BitConfig":
@@ -70,9 +80,14 @@ class BitConfig(Mapping):
         """Reads the text that `to_json` returns, or the text of a policy.json.
 
         In a policy.json the bits stand under "layers". Raises ValueError unless every layer has
-        two whole numbers.
+        two whole numbers, and if a key stands there twice.
         """
-        bits = json.loads(text)
+
+        def unique(pairs: list[tuple[str, object]]) -> dict:
+            _refuse_repeats([key for key, _ in pairs])
+            return dict(pairs)
+
+        bits = json.loads(text, object_pairs_hook=unique)
         if isinstance(bits, dict) and isinstance(bits.get("layers"), dict):
             bits = bits["layers"]
         if not isinstance(bits, dict):
@@ -86,13 +101,14 @@ class BitConfig(Mapping):
         """Returns it as JSON: layer name -> [weight bits, activation bits]."""
         return json.dumps(dict(self.layers))
 
-    def replace(self, layer: str, bits: Bits) -> "BitConfig":
-        """Returns a copy in which `layer` has other bits.
+    def replace(self, layer: str, bits: tuple[int, int]) -> "BitConfig":
+        """Returns a copy in which `layer` has other (weight bits, activation bits).
 
         Raises ValueError if this configuration has no such layer.
         """
         if layer not in self:
             raise ValueError(f"layer={layer!r} is not in this configuration: one of {list(self)}")
+        bits = Bits(*bits)
         return BitConfig(tuple((n, bits if n == layer else b) for n, b in self.layers))
 
     def __getitem__(self, layer: str) -> Bits:
@@ -107,6 +123,26 @@ class BitConfig(Mapping):
     @cached_property
     def _bits(self) -> dict[str, Bits]:
         return dict(self.layers)
+
+
+def check_config(name: str, config: BitConfig, candidates: Mapping[str, Candidates]) -> None:
+    """Checks that `config` has exactly the layers of `candidates`, each at candidate bits.
+
+    `name`: the parameter that error messages name. Raises ValueError otherwise.
+    """
+    if not isinstance(config, BitConfig):
+        raise ValueError(f"{name}={config!r} is not a BitConfig: build one with BitConfig.of")
+    if wrong := config.keys() ^ candidates.keys():
+        raise ValueError(f"{name}: layers unknown to this supernet, or missing: {sorted(wrong)}")
+    for layer, bits in config.layers:
+        allowed = candidates[layer]
+        # 4.0 is equal to 4, but it names no batch norm.
+        fits = isinstance(bits, Bits) and bits.weight in allowed.weight and bits.act in allowed.act
+        if not fits or not isinstance(bits.weight, Integral) or not isinstance(bits.act, Integral):
+            raise ValueError(
+                f"{name}[{layer!r}]={bits!r} is not allowed: Bits(weight, act) with weight in "
+                f"{allowed.weight} and act in {allowed.act}"
+            )
 
 
 def largest(candidates: Mapping[str, Candidates]) -> BitConfig:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from .bits import BitConfig, Candidates, check_bits, smallest
+from .bits import BitConfig, Candidates, check_bits, check_config, smallest
 from .layers import QuantConvBN, QuantLinear
 from .observation import Observation, check_quantized, observe
 from .quantizer import INITIAL_STEPS, Quantizer
@@ -224,12 +224,7 @@ class Supernet(nn.Module):
 
     def check(self, config: BitConfig) -> None:
         """Raises ValueError if `config` misses a layer, names an unknown one or has unfit bits."""
-        candidates = self.candidates
-        if wrong := set(config) ^ set(candidates):
-            raise ValueError(f"layers unknown to this supernet, or missing: {sorted(wrong)}")
-        for name, (weight, act) in config.items():
-            if weight not in candidates[name].weight or act not in candidates[name].act:
-                raise ValueError(f"bits {weight}/{act} of {name!r}: allowed {candidates[name]}")
+        check_config("config", config, self.candidates)
 
     def set_bits(self, config: BitConfig | None) -> None:
         """Sets every layer to its bits in `config`, or to float if it is None."""

@@ -152,6 +152,7 @@ def batch_error(
 
     @torch.inference_mode()
     def error(config: BitConfig) -> float:
+        supernet.check(config)
         training = any(module.training for module in modules)
         mode = eval_mode(supernet) if training else nullcontext()
         with mode, batch_statistics(norms_at(supernet, config) + outside):

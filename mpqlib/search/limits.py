@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import inf
 from numbers import Real
 
-from ..network.bits import BitConfig, smallest
+from ..network.bits import BitConfig, check_config, smallest
 from ..network.cost import bitops, model_size
 from ..network.supernet import LayerInfo, Supernet
 
@@ -51,15 +51,7 @@ def check_start(supernet: Supernet, start: BitConfig, budget: float, size: float
     Raises ValueError if `start` does not fit the supernet's candidates, or if it keeps both limits
     already.
     """
-    if wrong := sorted(set(start) ^ set(supernet.candidates)):
-        raise ValueError(f"start does not fit this supernet: unknown or missing layers {wrong}")
-    for name, choices in supernet.candidates.items():
-        bits = start[name]
-        if bits.weight not in choices.weight or bits.act not in choices.act:
-            raise ValueError(
-                f"start has bits {tuple(bits)} in layer {name!r}: allowed are {choices.weight} for"
-                f" weights and {choices.act} for activations"
-            )
+    check_config("start", start, supernet.candidates)
     if used_share(supernet.table, start, budget, size) <= 1:
         costs = bitops(supernet.table, start), model_size(supernet.table, start)
         raise ValueError(

@@ -619,9 +619,9 @@ def test_unfit_candidates_are_refused(arguments, message):
         ({"0": (8, 8), "2": (2, 2), "5": (8, 8), "7": (2, 2)}, "7"),
         ({"0": (8, 8), "2": (2, 2)}, "5"),
         ({}, "0.*2.*5"),
-        ({"0": (8, 8), "2": (3, 2), "5": (8, 8)}, "3/2 of '2'"),
-        ({"0": (8, 8), "2": (2, 8), "5": (8, 8)}, "2/8 of '2'"),
-        ({"0": (8, 8), "2": (2, 2), "5": (2, 8)}, "2/8 of '5'"),
+        ({"0": (8, 8), "2": (3, 2), "5": (8, 8)}, r"'2'\]=Bits\(weight=3, act=2\)"),
+        ({"0": (8, 8), "2": (2, 8), "5": (8, 8)}, r"'2'\]=Bits\(weight=2, act=8\)"),
+        ({"0": (8, 8), "2": (2, 2), "5": (2, 8)}, r"'5'\]=Bits\(weight=2, act=8\)"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(bits, message):
@@ -672,11 +672,32 @@ def test_configuration_survives_json(bits):
         '{"a": [true, 2]}',
         '{"a": {"weight": 2, "act": 2}}',
         '{"layers": {"a": 2}, "bitops_g": 1}',
+        '{"a": [2, 2], "a": [4, 4]}',
+        '{"a": [2, 2], "a": [2, 2]}',
     ],
 )
 def test_malformed_json_is_refused(text):
     with pytest.raises(ValueError):
         BitConfig.from_json(text)
+
+
+def test_a_layer_that_stands_twice_is_refused():
+    with pytest.raises(ValueError, match=r"\['a'\] stand there more than once"):
+        BitConfig((("a", Bits(2, 2)), ("b", Bits(2, 2)), ("a", Bits(4, 4))))
+
+
+@pytest.mark.parametrize(
+    "bits", [(2.0, 4), (4, 4.0), (True, 4), (5, 5), ("4", 4), (None, 4), (4, [4])]
+)
+def test_bits_that_are_no_candidates_are_named(supernet, bits):
+    config, x = supernet.uniform(4).replace("pointwise", bits), torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"config\['pointwise'\]=Bits.* is not allowed"):
+        supernet(x, config)
+
+
+def test_a_mapping_that_is_no_configuration_is_refused(supernet):
+    with pytest.raises(ValueError, match="is not a BitConfig: build one with BitConfig.of"):
+        supernet.set_bits({name: (4, 4) for name in supernet.layers})
 
 
 def test_configuration_is_read_from_a_policy():

@@ -8,7 +8,7 @@ from conftest import TinyNet, images
 from torch import nn
 
 from mpqlib import models
-from mpqlib.network.bits import Bits, sample
+from mpqlib.network.bits import BitConfig, Bits, sample
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import Incremental, batch_error
 
@@ -125,3 +125,14 @@ def test_the_error_is_computed_in_eval_mode_and_the_mode_comes_back():
     supernet.train()
     assert error(supernet.uniform(2)) == other and error(config) == expected
     assert all(module.training for module in supernet.modules())
+
+
+def test_a_configuration_that_does_not_fit_is_named(supernet):
+    error, config = batch_error(supernet, *images(8).tensors), supernet.uniform(4)
+    with pytest.raises(ValueError, match=r"config: .*missing: \['last'\]"):
+        error(BitConfig(config.layers[:-1]))
+    for wrong in ((5, 5), (4.0, 4)):
+        with pytest.raises(ValueError, match=r"config\['pointwise'\]=.* is not allowed"):
+            error(config.replace("pointwise", wrong))
+    with pytest.raises(ValueError, match="is not a BitConfig"):
+        error({name: (4, 4) for name in config})

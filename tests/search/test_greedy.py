@@ -369,3 +369,11 @@ def test_an_exchange_is_measured_before_it_is_taken(seed):
                 bits = getattr(after[name], part)
                 if bits != getattr(before[name], part):
                     assert before.replace(name, before[name]._replace(**{part: bits})) in asked
+
+
+def test_a_start_that_does_not_fit_is_named():
+    stand = Stand([1, 2], [((2, 4), (2, 4))] * 2)
+    start, error = largest(stand.candidates), made_up_error(0)
+    for wrong in (dict(start), BitConfig.of({"l0": (4, 4)}), start.replace("l1", (4.0, 4))):
+        with pytest.raises(ValueError, match="^start"):
+            greedy(stand, error, 20, start=wrong)
