@@ -22,7 +22,7 @@ from ..report.plots import ARM_COLOURS, COLOURS
 MEASURED = 4  # bits of the first pass, whose gradient is measured
 WEIGHT_RANGE = 1.0  # where the grids of all bit-widths end
 OPTIMA = ("off the grid", "on the grid")
-ARMS = {"alone": "4 bits alone", "shared": "2 bits sharing"}
+ARM_NAMES = {"alone": "4 bits alone", "shared": "2 bits sharing"}
 STABILITY = {  # readings of "the weight is more unstable", with their units
     "spread": "spread of the weights",
     "movement": "movement of the weights per step",
@@ -178,7 +178,7 @@ def descend(given: Problem, settings: Settings, second_bits: Sequence[int]) -> T
 def train_arms(settings: Settings, seeds: Sequence[int]) -> tuple[Problem, dict[str, Trajectory]]:
     """Trains both arms on the same problems: the same start, batches and draws."""
     given = draw_problems(settings, seeds)
-    return given, {arm: descend(given, settings, getattr(settings, arm)) for arm in ARMS}
+    return given, {arm: descend(given, settings, getattr(settings, arm)) for arm in ARM_NAMES}
 
 
 def sum_variances(rows: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def read(run: Trajectory, target: Tensor) -> dict[str, Tensor]:
     }
 
 
-def collect(cases: Mapping[str, Settings], seeds: Sequence[int]) -> pd.DataFrame:
+def collect_readings(cases: Mapping[str, Settings], seeds: Sequence[int]) -> pd.DataFrame:
     """All readings: a row for each set-up in `cases`, arm, kind of optimum and seed."""
     parts = []
     for setting, settings in cases.items():
@@ -272,7 +272,7 @@ def typical_runs(
 ) -> dict[str, tuple[Tensor, dict[str, Trajectory]]]:
     """Target and both arms of the typical seed, by kind of optimum.
 
-    `metrics`: rows of `collect` in these settings. The target is (2,); a Trajectory is (steps, 2)
+    `metrics`: rows of `collect_readings` in these settings. The target is (2,); a Trajectory is (steps, 2)
     and has the second half of the steps.
     """
     found = {}
@@ -340,7 +340,7 @@ def draw_fig1(typical: Mapping[str, tuple[Tensor, Mapping[str, Trajectory]]]) ->
             axis = figure.add_subplot(2, 3, 3 * row + column + 1)
             draw_path(axis, arm, run, target)
             spread = f"spread {float(sum_variances(run.w).sqrt()):.3f}"
-            title = f"({'ab'[column]}) {ARMS[arm]}\n{spread}"
+            title = f"({'ab'[column]}) {ARM_NAMES[arm]}\n{spread}"
             axis.set_title(title, color=ARM_STYLE[arm], weight="bold")
             axis.set(**square_window(points[row], half_width))
             if column == 0:
@@ -350,7 +350,7 @@ def draw_fig1(typical: Mapping[str, tuple[Tensor, Mapping[str, Trajectory]]]) ->
         values = [f"{float(direction_variance(run.gradients)):.2f}" for run in arms.values()]
         change = " \u2192 ".join(values)
         axis.set_title(f"(c) direction of the gradient\nvariance {change}", weight="bold")
-    rings = zip(("inner", "outer"), ARMS.items(), strict=True)
+    rings = zip(("inner", "outer"), ARM_NAMES.items(), strict=True)
     patches = [Patch(color=ARM_STYLE[a], label=f"{ring} ring: {text}") for ring, (a, text) in rings]
     handles = [*figure.axes[0].get_legend_handles_labels()[0], *patches]
     style = dict(ncols=5, frameon=False, fontsize=9, columnspacing=1.5)

@@ -243,7 +243,7 @@ CASES = {"primary": FEW, "always 2 bits": replace(FEW, shared=[2])}
 
 @pytest.fixture
 def metrics():
-    return interference.collect(CASES, range(6))
+    return interference.collect_readings(CASES, range(6))
 
 
 def test_metrics_hold_each_problem_once(metrics):
@@ -299,7 +299,7 @@ def test_typical_runs_are_those_of_the_typical_seeds(metrics):
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
 def test_no_seed_and_repeated_seeds_are_refused(seeds):
     with pytest.raises(ValueError, match="seeds="):
-        interference.collect({"primary": FEW}, seeds)
+        interference.collect_readings({"primary": FEW}, seeds)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def made_up(differences):
         | dict.fromkeys(READINGS, difference if arm == "shared" else 0.0)
         for optimum in interference.OPTIMA
         for seed, difference in enumerate(differences)
-        for arm in interference.ARMS
+        for arm in interference.ARM_NAMES
     ]
     return pd.DataFrame(rows)
 
@@ -371,7 +371,9 @@ def test_fig1_shows_both_kinds_of_optimum(metrics):
 
 def test_fig1_marks_an_arm_without_gradient():
     settings = replace(FEW, noise=0.0)
-    runs = interference.typical_runs(settings, interference.collect({"rest": settings}, [0, 1, 2]))
+    runs = interference.typical_runs(
+        settings, interference.collect_readings({"rest": settings}, [0, 1, 2])
+    )
     polar = interference.draw_fig1(runs).axes[5]
     assert [text.get_text() for text in polar.texts] == ["no gradient"]
     plt.close("all")
