@@ -111,9 +111,9 @@ def observe(
     """One float pass over `example` (N, C, H, W): what the layers `names` read, and all MACs.
 
     Returns the layers' observations by name, and the MACs (over all images) of everything else by
-    module and operations. Raises ValueError for a layer that does not run, that reads values which
-    are not finite, or whose MACs torch.utils.flop_counter counts differently, and for modules that
-    it cannot count.
+    module and operations. Raises ValueError for outputs that are no tensor, for a layer that does
+    not run, that reads values which are not finite, or whose MACs torch.utils.flop_counter counts
+    differently, and for modules that it cannot count.
     """
     seen = {name: Observation() for name in names}
     handles = [
@@ -123,7 +123,13 @@ def observe(
         for name in seen
     ]
     with eval_mode(model), torch.no_grad(), hooked(handles), counted_macs(model) as counted:
-        model(example)
+        outputs = model(example)
+    if not isinstance(outputs, Tensor):
+        # Other tensors than logits, such as feature maps, are for an error function of one's own.
+        raise ValueError(
+            f"{type(model).__name__} returns a {type(outputs).__name__}: it must return a tensor; "
+            "training and evaluation need logits (N, classes)"
+        )
     for name in counted:
         module = model.get_submodule(name)
         if isinstance(module, UNCOUNTED):

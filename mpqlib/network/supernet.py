@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
 from .bits import BitConfig, Candidates, check_bits, check_config, smallest
@@ -44,6 +45,11 @@ def _check_float_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (QuantLinear, Quantizer)):
             raise ValueError(f"the model already holds quantized layers ({name!r}): build it anew")
+        if isinstance(module, _InstanceNorm) and module.running_mean is not None:
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) keeps running statistics, which all bit-widths"
+                " would share. Build it with track_running_stats=False"
+            )
         if not isinstance(module, LAYERS) or isinstance(
             module._parameters.get("weight"), nn.Parameter
         ):
@@ -62,6 +68,18 @@ def _check_float_model(model: nn.Module) -> None:
             f"the weight of layer {name!r} is not a plain parameter but computed in each pass, "
             f"which would overwrite the quantized weight. Call first: {remedy}"
         )
+
+
+def _check_example(model: nn.Module, example: Tensor) -> None:
+    """Raises ValueError unless `example` holds one or more images in the type of the weights."""
+    if not isinstance(example, Tensor):
+        raise ValueError(f"example is a {type(example).__name__}: pass a tensor (N, C, H, W)")
+    if not example.numel():
+        raise ValueError(f"example of shape {tuple(example.shape)} is empty: pass some images")
+    types = {p.dtype for p in model.parameters()}
+    if types and example.dtype not in types:
+        wanted = " or ".join(sorted(map(str, types)))
+        raise ValueError(f"example is {example.dtype}, but the model computes in {wanted}")
 
 
 def _is_depthwise(op: nn.Module) -> bool:
@@ -107,8 +125,9 @@ class Supernet(nn.Module):
     count neither in BitOPs nor in model size; a UserWarning names them and their share of the MACs.
 
     Raises ValueError, and leaves the model unchanged, for bits or steps that are not allowed, an
-    unknown layer name in `overrides`, and a model that torch.fx cannot trace, that already holds
-    quantized layers, or in which a layer cannot be quantized or counted. Source: RFQuant (arXiv
+    unknown layer name in `overrides`, an `example` that is no batch of images, and a model that
+    torch.fx cannot trace, that already holds quantized layers, that returns no tensor, or in which
+    a layer cannot be quantized or counted. Source: RFQuant (arXiv
     2401.01543).
     """
 
@@ -139,6 +158,7 @@ class Supernet(nn.Module):
             weight_step=INITIAL_STEPS[weight_steps], scale_step_gradient=scale_step_gradient
         )
         _check_float_model(model)
+        _check_example(model, example)
         structure = trace(model)
         if unknown := set(overrides) - set(structure.norms):
             raise ValueError(f"overrides name no layer: {sorted(unknown)}; {list(structure.norms)}")

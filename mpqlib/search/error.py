@@ -14,6 +14,7 @@ from ..network.observation import eval_mode
 from ..network.supernet import Supernet
 from ..network.tracing import Tracer
 from ..training.evaluation import batch_statistics, norms_at, outside_norms
+from ..training.step import check_labels
 
 Error = Callable[[BitConfig], float]
 
@@ -143,7 +144,7 @@ def batch_error(
     Puts the supernet into eval mode. The error is computed in eval mode in any case; a supernet in
     another mode returns to it. Outputs of layers are kept between calls (`Incremental`): call
     `batch_error` again after the weights have changed. Raises ValueError if there is no image, or
-    not one label for each image.
+    not one label for each image; with the default loss, the error does so for unfit labels.
     """
     if not 0 < len(x) == len(y):
         raise ValueError(f"x holds {len(x)} images and y {len(y)} labels: one label for each image")
@@ -156,6 +157,9 @@ def batch_error(
         training = any(module.training for module in modules)
         mode = eval_mode(supernet) if training else nullcontext()
         with mode, batch_statistics(norms_at(supernet, config) + outside):
-            return float(loss(logits(config), y))
+            outputs = logits(config)
+            if loss is F.cross_entropy:
+                check_labels(outputs, y)
+            return float(loss(outputs, y))
 
     return error

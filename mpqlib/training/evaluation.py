@@ -15,6 +15,7 @@ from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
 from ..network.observation import eval_mode
 from ..network.supernet import Supernet
+from .step import check_labels
 
 
 def select_device(name: str | torch.device = "auto") -> torch.device:
@@ -47,6 +48,16 @@ def select_dtype(name: str, device: str | torch.device) -> torch.dtype:
         capable = {"cpu": torch.cpu._is_amx_tile_supported, "cuda": torch.cuda.is_bf16_supported}
         name = "bfloat16" if capable.get(torch.device(device).type, bool)() else "float32"
     return getattr(torch, name)
+
+
+def move_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
+    """Moves the model to the device, in the layout that is fastest for images (N, C, H, W).
+
+    A model with 5-D tensors, such as weights of Conv3d, keeps its layout: PyTorch refuses them.
+    """
+    deep = any(t.dim() == 5 for t in (*model.parameters(), *model.buffers()))
+    layout = torch.preserve_format if deep else torch.channels_last
+    return model.to(device, memory_format=layout)
 
 
 def decoded(dataset: Dataset) -> TensorDataset:
@@ -92,8 +103,9 @@ def evaluate(
     The model runs in eval mode and returns to its earlier mode.
 
     Raises ValueError if a batch norm holds statistics that were measured for another configuration,
-    for float mode after one-shot training without recalibration, for an empty dataset, for labels
-    that are no class of the model, and for a `config` or `calibration` of a float model.
+    for float mode after one-shot training without recalibration, for an empty dataset, for outputs
+    that are no logits (N, classes), for labels that are no class of the model, and for a `config` or
+    `calibration` of a float model.
     """
     if not len(dataset):
         raise ValueError("dataset is empty: there is nothing to evaluate")
@@ -106,18 +118,14 @@ def evaluate(
     elif config is not None or calibration is not None:
         raise ValueError("config and calibration need a Supernet; this is a float model")
     # Before inference mode, because weights that are moved inside it can no longer be trained.
-    model = model.to(device, memory_format=torch.channels_last)
+    model = move_channels_last(model, device)
     correct, loss = [], 0.0
     with eval_mode(model), torch.inference_mode():
         for x, y in DataLoader(dataset, batch_size):
-            x, y = x.to(device, memory_format=torch.channels_last), y.to(device)
+            x = x.to(device, memory_format=torch.channels_last)
             logits = model(x) if config is None else model(x, config)
-            classes = logits.shape[1]
-            if y.min() < 0 or y.max() >= classes:
-                found = f"{int(y.min())} to {int(y.max())}"
-                raise ValueError(
-                    f"labels {found} in dataset: the model has classes 0 to {classes - 1}"
-                )
+            check_labels(logits, y.cpu())
+            y = y.to(device)
             correct.append((logits.argmax(1) == y).cpu())
             loss += float(F.cross_entropy(logits, y, reduction="sum"))
     return Evaluation(torch.cat(correct), loss / len(dataset))
@@ -263,7 +271,7 @@ def recalibrate(
     if config is not None:
         supernet.check(config)
     device = select_device(device)
-    supernet = supernet.to(device, memory_format=torch.channels_last)
+    supernet = move_channels_last(supernet, device)
     norms = _running_norms(supernet, config)
     # No batch of a single image: at 1x1 resolution it has no variance.
     batches = min(-(-count // batch_size), count // 2)

@@ -20,7 +20,7 @@ from ..data import InMemory
 from ..files import check_settings, load_state, plain, remove_leftovers, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet
-from .evaluation import select_device, select_dtype
+from .evaluation import move_channels_last, select_device, select_dtype
 from .optimization import (
     average_gradients,
     average_weights,
@@ -451,14 +451,15 @@ def train(
     `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
 
     Raises ValueError for a checkpoint that is damaged, was written under other settings or does not
-    fit the model, and for fewer images than one batch. Raises FloatingPointError, with epoch, step
-    and layer, when losses, gradients or weights become NaN or infinite; the checkpoint stays as it
-    was.
+    fit the model, for fewer images than one batch, for outputs that are no logits (N, classes), and
+    for labels that are not int64 or, on the CPU, no class of the model. Raises FloatingPointError,
+    with epoch, step and layer, when losses, gradients or weights become NaN or infinite; the
+    checkpoint stays as it was.
     """
     if not isinstance(checkpoint_minutes, Real) or not checkpoint_minutes >= 0:
         raise ValueError(f"checkpoint_minutes={checkpoint_minutes!r} is not allowed: at least 0")
     device = select_device(device)
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = move_channels_last(model, device).train()
     model.zero_grad()  # a gradient from before would count in the first step
     run = Run.start(config, model, len(dataset), about)
     path = checkpoint and Path(checkpoint)

@@ -17,13 +17,39 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y).float().mean()
 
 
+def check_logits(logits: object) -> None:
+    """Raises ValueError unless `logits` is a tensor (N, classes)."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model returns {shape}: a tensor of logits (N, classes) is needed")
+
+
+def check_labels(logits: Tensor, y: Tensor) -> None:
+    """Raises ValueError unless `y` holds a class, int64, for each of the logits (N, classes).
+
+    Labels on an accelerator are not compared with the number of classes: this would wait for it.
+    """
+    check_logits(logits)
+    count, classes = logits.shape
+    if y.shape != (count,) or y.dtype != torch.int64:
+        raise ValueError(
+            f"labels are {y.dtype} of shape {tuple(y.shape)}: one class (torch.int64) for each of "
+            f"{count} images is needed"
+        )
+    if y.device.type == "cpu" and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise ValueError(
+            f"labels {int(y.min())} to {int(y.max())}: the model has classes 0 to {classes - 1}"
+        )
+
+
 def logits_in(dtype: torch.dtype, model: nn.Module, x: Tensor, *config: BitConfig) -> Tensor:
     """Runs the model with convolutions and linear layers in `dtype`; returns logits in float32.
 
-    Logits in float64 stay in float64.
+    Logits in float64 stay in float64. Raises ValueError for other outputs than logits (N, classes).
     """
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(x, *config)
+    check_logits(logits)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -39,6 +65,7 @@ def float_gradients(
     `x`: images (N, C, H, W); `y`: labels (N). `smoothing`: label smoothing.
     """
     logits = logits_in(dtype, model, x)
+    check_labels(logits, y)
     loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
     loss.backward()
     return {"loss": loss.detach(), "accuracy": accuracy(logits, y)}
@@ -69,6 +96,7 @@ def one_shot_gradients(
     lowest = [lowest_layers(config, candidates) if idm_weight else [] for config in configs]
     with captured(layers, set().union(*lowest)) as targets:
         logits = logits_in(dtype, supernet, x, largest(candidates))
+    check_labels(logits, y)
     loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
     loss.backward()
     teacher = logits.detach().softmax(1)

@@ -454,3 +454,47 @@ def test_depthwise_is_one_input_channel_a_filter(channels, out, groups, depthwis
     info = Supernet(model, images(), (2, 3, 4)).table[1]
     assert info.depthwise is depthwise
     assert info.candidates.weight == ((3, 4) if depthwise else (2, 3, 4))
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.LazyInstanceNorm2d])
+def test_a_norm_whose_statistics_all_bits_would_share_is_refused(norm):
+    network = Base()
+    arguments = () if issubclass(norm, nn.LazyInstanceNorm2d) else (8,)
+    network.bn1 = norm(*arguments, track_running_stats=True).double()
+    network(images())  # a lazy module becomes a plain one
+    with pytest.raises(ValueError, match=r"'bn1'.*Build it with track_running_stats=False"):
+        Supernet(network, images(), (2, 4))
+    network.bn1 = nn.InstanceNorm2d(8)
+    assert Supernet(network, images(), (2, 4)).table
+
+
+class Wrapped(Base):
+    """Returns its logits in a dict or in a tuple."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda y: {"out": y}, lambda y: (y, y)], ids=["dict", "tuple"])
+def test_outputs_that_are_no_tensor_are_refused(wrap):
+    with pytest.raises(ValueError, match=r"Wrapped returns a (dict|tuple).*logits \(N, classes\)"):
+        Supernet(Wrapped(wrap), images(), (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (images(0), r"of shape \(0, 3, 12, 12\) is empty"),
+        (images().numpy(), "is a ndarray"),
+        (images().float(), "is torch.float32, but the model computes in torch.float64"),
+        (images().to(torch.uint8), "is torch.uint8, but"),
+    ],
+    ids=["empty", "numpy", "float32", "uint8"],
+)
+def test_an_example_that_does_not_fit_is_named(example, message):
+    with pytest.raises(ValueError, match=f"^example {message}"):
+        Supernet(Base(), example, (2, 4))

@@ -696,7 +696,7 @@ def test_bits_that_are_no_candidates_are_named(supernet, bits):
 
 
 def test_a_mapping_that_is_no_configuration_is_refused(supernet):
-    with pytest.raises(ValueError, match="is not a BitConfig: build one with BitConfig.of"):
+    with pytest.raises(ValueError, match=r"is not a BitConfig: build one with BitConfig.of"):
         supernet.set_bits({name: (4, 4) for name in supernet.layers})
 
 

@@ -375,5 +375,5 @@ def test_a_start_that_does_not_fit_is_named():
     stand = Stand([1, 2], [((2, 4), (2, 4))] * 2)
     start, error = largest(stand.candidates), made_up_error(0)
     for wrong in (dict(start), BitConfig.of({"l0": (4, 4)}), start.replace("l1", (4.0, 4))):
-        with pytest.raises(ValueError, match="^start"):
+        with pytest.raises(ValueError, match=r"^start"):
             greedy(stand, error, 20, start=wrong)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from mpqlib.network.supernet import Supernet
+from mpqlib.search.error import batch_error
 from mpqlib.training.evaluation import (
     batch_statistics,
     decoded,
@@ -93,6 +94,64 @@ def test_evaluating_and_recalibrating_keep_the_mode_of_every_module(supernet, da
     before = modes(supernet)
     evaluate(supernet, dataset, supernet.uniform(3), calibration=dataset)
     assert modes(supernet) == before
+
+
+class Deep(TinyNet):
+    """TinyNet behind a convolution with 5-D weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.Conv3d(3, 3, 1)
+
+    def forward(self, x):
+        return super().forward(self.deep(x[:, :, None])[:, :, 0])
+
+
+def test_5d_weights_are_trained_and_evaluated(dataset):
+    with pytest.warns(UserWarning, match="stay in float"):
+        supernet = Supernet(Deep(), dataset[:16][0], (2, 4))
+    trained = one_shot(supernet, dataset)
+    assert evaluate(trained, dataset, supernet.uniform(4), calibration=dataset).loss < 10
+
+
+LABELS = {
+    "float": (lambda y: y.float(), "labels are torch.float32"),
+    "int32": (lambda y: y.int(), "labels are torch.int32"),
+    "column": (lambda y: y[:, None], r"of shape \(16, 1\)"),
+    "one-hot": (lambda y: torch.eye(3)[y], r"of shape \(16, 3\)"),
+    "too large": (lambda y: y + 1, "labels 1 to 3: the model has classes 0 to 2"),
+    "negative": (lambda y: y - 1, "labels -1 to 1: the model has classes 0 to 2"),
+}
+
+
+@pytest.mark.parametrize("change, message", LABELS.values(), ids=LABELS)
+def test_labels_that_are_no_classes_are_named(supernet, change, message):
+    x, y = images(16).tensors
+    y = torch.cat([torch.tensor([0, 1, 2]), y[3:]])
+    dataset = TensorDataset(x, change(y))
+    for model in (TinyNet(), supernet):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, dataset, batch_size=16)
+        with pytest.raises(ValueError, match=message):
+            train(model, dataset, TrainConfig(epochs=1, batch_size=16))
+    with pytest.raises(ValueError, match=message):
+        batch_error(supernet, *dataset.tensors)(supernet.uniform(4))
+
+
+class Maps(TinyNet):
+    """TinyNet without its classifier: returns feature maps."""
+
+    def forward(self, x):
+        return self.pointwise(self.stem(x))
+
+
+def test_outputs_that_are_no_logits_are_named(dataset):
+    message = r"the model returns \(16, 12, 4, 4\): a tensor of logits \(N, classes\) is needed"
+    for model in (Maps(), Supernet(Maps(), dataset[:4][0], (2, 4))):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, dataset, batch_size=16)
+        with pytest.raises(ValueError, match=message):
+            train(model, dataset, TrainConfig(epochs=1, batch_size=16))
 
 
 def test_evaluate_refuses_what_it_cannot_count(supernet, dataset):
