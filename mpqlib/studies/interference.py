@@ -272,8 +272,8 @@ def typical_runs(
 ) -> dict[str, tuple[Tensor, dict[str, Trajectory]]]:
     """Target and both arms of the typical seed, by kind of optimum.
 
-    `metrics`: rows of `collect_readings` in these settings. The target is (2,); a Trajectory is (steps, 2)
-    and has the second half of the steps.
+    `metrics`: rows of `collect_readings` in these settings. The target is (2,). A Trajectory is
+    (steps, 2) and has the second half of the steps.
     """
     found = {}
     for i, optimum in enumerate(OPTIMA):
