@@ -25,6 +25,8 @@ WINGS = {
         "train",
         "interference",
         "latent_distance",
+        "arms",
+        "processes",
         "scheduler_ablation",
         "idm_density",
         "search",

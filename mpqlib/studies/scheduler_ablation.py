@@ -1,180 +1,436 @@
-"""Scheduler and IDM, each on or off: train four arms, search policies and measure them."""
+"""Scheduler, IDM and other rules of training, each switched alone: arms, policies, accuracy.
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from math import inf
-from numbers import Integral, Real
+The study is also a command, which needs no notebook, ends within its minutes and resumes:
+
+    python -m mpqlib.studies.scheduler_ablation PROFILE --output FOLDER --data FILE --minutes 9
+
+Its primary outcome is the mean test top-1 of the uniform configurations that the profile names as
+`primary`, such as 3 to 6 bits. It is measured before any policy is searched.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil, inf
 from pathlib import Path
 
+import pandas as pd
 import torch
+import yaml
+from torch import nn
 
+from .. import data
 from ..data import Splits
-from ..files import remembered
+from ..files import remembered, save_json
 from ..models import create
-from ..network.bits import check_bits
+from ..network.bits import BitConfig
 from ..network.cost import bitops_at
 from ..network.supernet import Supernet
-from ..report.runs import measure
+from ..report.claims import differences
+from ..report.runs import Stopwatch, measure, provenance, save_run
 from ..search.error import batch_error
-from ..search.greedy import check_options, greedy
-from ..training.evaluation import decoded
-from ..training.loop import TrainConfig, train
+from ..search.greedy import greedy
+from ..training.evaluation import evaluate, select_device
+from ..training.loop import Run, TrainConfig, train
+from .arms import KINDS, Setting
+from .processes import NEVER, Deadline, OutOfTime, Team, run_processes
 
-ARMS = {
-    "plain": dict(scheduler=False, idm=False),
-    "scheduler": dict(scheduler=True, idm=False),
-    "IDM": dict(scheduler=False, idm=True),
-    "both": dict(scheduler=True, idm=True),
-}
+TIMED_STEPS = 20
 
-# Smallest value of numbers in Setting.
-LEAST_VALUES = {
-    "train_images": 1,
-    "image_size": 1,
-    "float_epochs": 0,
-    "epochs": 0,
-    "freeze_start": 0,
-    "freeze_every": 1,
-    "batch_size": 1,
-    "lr": 0,
-    "search_images": 1,
-    "warmup_epochs": 0,
-    "recalibration_images": 2,
-}
+
+def load_splits(setting: Setting, root: str | Path, device: str | torch.device) -> Splits:
+    """The images of a study, decoded once, on the device. `root`: as in `data.load`."""
+    how = dict(search_share=setting.search_share, train_images=setting.train_images)
+    splits = data.load(setting.dataset, root, setting.image_size, **how)
+    few = max(setting.recalibration_images, setting.float_config(0).batch_size)
+    used = splits.calibration.indices[:few]  # no others are read
+    splits = replace(splits, calibration=replace(splits.calibration, indices=used))
+    return data.load_into_memory(splits, device)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Settings that all arms of an ablation share, but for the seed.
+class Study:
+    """The runs of an ablation: each method resumes from the files in `folder`.
 
-    Raises ValueError for a value that is not allowed, and TypeError for an unknown setting or
-    option of `greedy`.
+    `splits`: from `load_splits`. At the deadline, training raises OutOfTime.
     """
 
-    model: str
-    dataset: str
-    train_images: int | None  # None: all
-    search_share: float  # share of the training images held out for the search
-    image_size: int  # side in pixels
-    bits: list[int]
-    levels: list[float]  # budgets, as in `bitops_at`
-    float_epochs: int
-    epochs: int
-    freeze_start: int
-    freeze_every: int
-    batch_size: int
-    lr: float  # peak learning rate
-    search_images: int  # images that searches score on
-    search: dict  # options of `greedy`
-    warmup_epochs: float = 1
-    recalibration_images: int = 2000  # training images for batch-norm statistics
+    setting: Setting
+    splits: Splits
+    folder: Path
+    device: torch.device
+    deadline: Deadline = NEVER
+    seconds: Mapping[str, float] = field(default_factory=dict)  # expected, to measure each kind
 
-    def __post_init__(self):
-        for setting in fields(self):
-            _check_setting(setting.name, getattr(self, setting.name), setting.type)
-        check_options(**self.search)
+    def file(self, name: str) -> Path:
+        """A file of the study."""
+        return self.folder / name
 
-    @property
-    def about(self) -> dict:
-        """Settings that the checkpoints of all arms share, beside their TrainConfig."""
-        names = ("model", "dataset", "train_images", "image_size", "search_share", "bits")
-        return {name: getattr(self, name) for name in names}
+    def rows_file(self, kind: str, arm: str, seed: int) -> Path:
+        """Where `run` stores its rows."""
+        return self.file(f"{arm}-{seed}-{kind}.json")
 
-    @property
-    def training(self) -> dict:
-        """Options of TrainConfig that the float network and the supernet share."""
-        return dict(batch_size=self.batch_size, lr=self.lr, warmup_epochs=self.warmup_epochs)
+    def train(self, model: nn.Module, config: TrainConfig, name: str, about: Mapping) -> tuple:
+        """Trains a network with the checkpoint `name`; returns it and its history."""
+        self.deadline.check()
+        file = self.file(f"{name}.pt")
+        how = dict(device=self.device, label=name, about=self.setting.about | about)
+        how |= dict(checkpoint=file, watch=self.deadline.watch(file))
+        return train(model, self.splits.train, config, **how)
+
+    def train_float(self, seed: int) -> nn.Module:
+        """Trains the float network that all arms of a seed start from."""
+        torch.manual_seed(seed)
+        network = create(self.setting.model, len(self.splits.classes))
+        return self.train(network, self.setting.float_config(seed), f"float-{seed}", {})[0]
+
+    def build_supernet(self, network: nn.Module, arm: str) -> Supernet:
+        """Converts a float network with the options of an arm."""
+        batch_size = self.setting.arm_config(arm, 0).batch_size
+        examples = self.splits.calibration[:batch_size][0].to(self.device)
+        options = self.setting.arms[arm].get("supernet", {})
+        return Supernet(network, examples, self.setting.bits, **options)
+
+    def train_arm(self, arm: str, seed: int) -> Supernet:
+        """Trains the supernet of one arm and seed. Raises ValueError for an unknown arm."""
+        config = self.setting.arm_config(arm, seed)
+        supernet = self.build_supernet(self.train_float(seed), arm)
+        about = {"supernet": self.setting.arms[arm].get("supernet", {})}
+        supernet, history = self.train(supernet, config, f"{arm}-{seed}", about)
+        save_json(self.file(f"{arm}-{seed}-history.json"), history)
+        return supernet
+
+    def measure(self, supernet: Supernet, config: BitConfig) -> dict[str, float]:
+        """Cost and accuracy of one configuration."""
+        images = self.setting.recalibration_images
+        return measure(supernet, config, self.splits, images=images, device=self.device)
+
+    def measure_uniform(self, supernet: Supernet) -> dict[str, Mapping[str, float]]:
+        """Measures the uniform configurations, by name, and the primary outcome."""
+        setting = self.setting
+        found = {b: self.measure(supernet, supernet.uniform(b)) for b in setting.uniform_bits}
+        rows = {f"uniform {b}": row for b, row in found.items()}
+        if setting.primary:
+            mean = pd.DataFrame([found[b] for b in setting.primary]).mean()
+            rows[setting.primary_name] = mean.drop(["top1_low", "top1_high"]).to_dict()
+        return rows
+
+    def measure_policies(self, supernet: Supernet) -> dict[str, Mapping[str, float]]:
+        """Searches a policy at each level, then measures them, by name."""
+        x, y = self.splits.search[: self.setting.search_images]
+        error, rows = batch_error(supernet, x.to(self.device), y.to(self.device)), {}
+        for level in self.setting.levels:
+            budget = bitops_at(supernet.table, level)
+            path = greedy(supernet, error, budget, **self.setting.search)
+            rows[f"searched {level}"] = path[-1].config
+        return {name: self.measure(supernet, config) for name, config in rows.items()}
+
+    def run(self, kind: str, arm: str, seed: int) -> list[dict]:
+        """Rows of an arm and seed, one for each configuration of a kind, "uniform" or "policies".
+
+        Trains the arm and measures it, unless the rows are stored.
+        """
+        measure_kind = {"uniform": self.measure_uniform, "policies": self.measure_policies}[kind]
+
+        def compute() -> list[dict]:
+            supernet = self.train_arm(arm, seed)
+            self.deadline.check(self.seconds.get(kind, 0))
+            found = measure_kind(supernet)
+            return [{"arm": arm, "seed": seed, "configuration": n} | r for n, r in found.items()]
+
+        about = self.setting.about_arm(arm, kind)
+        return remembered(self.rows_file(kind, arm, seed), about, compute)
+
+    def run_arm(self, arm: str, seed: int) -> list[dict]:
+        """All rows of an arm and seed: uniform configurations, then policies."""
+        return [row for kind in KINDS for row in self.run(kind, arm, seed)]
+
+    def run_float(self, seed: int) -> dict:
+        """Trains the float network of a seed; returns its test top-1 in %."""
+
+        def compute() -> dict:
+            network = self.train_float(seed)
+            tested = evaluate(network, self.splits.test, device=self.device)
+            return {"seed": seed, "top1": 100 * tested.top1}
+
+        about = self.setting.about | asdict(self.setting.float_config(seed))
+        return remembered(self.file(f"float-{seed}.json"), about, compute)
 
 
-def _is_number(value: object, kind: type, least: float) -> bool:
-    """Whether a value is a finite number of a kind (`int` or `float`), at least `least`."""
-    right = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-    return right and least <= value < inf
+def time_steps(train_on: Callable[[Callable[[Run], None]], object]) -> float:
+    """Seconds of a training step, the mean of TIMED_STEPS after two others.
 
-
-def _check_setting(name: str, value: object, kind: type) -> None:
-    """Raises ValueError if a setting has a value that is not allowed."""
-    if name == "bits":
-        check_bits(name, value)
-        return
-    if name in ("model", "dataset"):
-        right, allowed = isinstance(value, str), "a name"
-    elif name == "search":
-        right, allowed = isinstance(value, Mapping), "options of greedy, such as {'rule': 'paper'}"
-    elif name == "levels":
-        right = isinstance(value, (list, tuple)) and all(_is_number(v, float, 1) for v in value)
-        right, allowed = right and len(value) > 0, "one or more numbers, such as [2.5, 3]"
-    elif name == "search_share":
-        right = _is_number(value, float, 0) and 0 < value < 1
-        allowed = "a number between 0 and 1"
-    elif name == "train_images" and value is None:
-        return
-    else:
-        kind = float if kind is float else int
-        least = LEAST_VALUES[name]
-        right = _is_number(value, kind, least)
-        allowed = f"a {'whole ' if kind is int else ''}number, at least {least}"
-    if not right:
-        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
-
-
-def load_into_memory(splits: Splits) -> Splits:
-    """Returns `splits` with all images that are not augmented decoded once and kept in memory."""
-    parts = ("calibration", "search", "test")
-    return replace(splits, **{part: decoded(getattr(splits, part)) for part in parts})
-
-
-def train_arm(
-    setting: Setting, splits: Splits, arm: str, seed: int, folder: Path, device: torch.device
-) -> Supernet:
-    """Trains the supernet of one arm and seed, from the float network that all arms share.
-
-    Resumes from the checkpoints in `folder`. Raises ValueError for an unknown arm.
+    `train_on(watch)` trains for at least so many steps.
     """
-    if arm not in ARMS:
-        raise ValueError(f"arm={arm!r} is not allowed: one of {list(ARMS)}")
-    options = dict(device=device, about=setting.about)
-    torch.manual_seed(seed)
-    network = create(setting.model, len(splits.classes))
-    config = TrainConfig(epochs=setting.float_epochs, seed=seed, **setting.training)
-    files = dict(checkpoint=folder / f"float-{seed}.pt", label=f"float, seed {seed}")
-    network, _ = train(network, splits.train, config, **options, **files)
-    examples = splits.calibration[: setting.batch_size][0].to(device)
-    freezing = dict(freeze_start=setting.freeze_start, freeze_every=setting.freeze_every)
-    config = TrainConfig(
-        epochs=setting.epochs, seed=seed, **setting.training, **freezing, **ARMS[arm]
+    times = []
+
+    class Enough(Exception):
+        pass
+
+    def watch(run: Run) -> None:
+        times.append(time.perf_counter())
+        if len(times) > TIMED_STEPS + 2:
+            raise Enough
+
+    try:
+        train_on(watch)
+    except Enough:
+        return (times[-1] - times[2]) / TIMED_STEPS
+    raise RuntimeError(f"training ended after {len(times)} steps, too few to time")
+
+
+def seconds_of_parts(study: Study, network: nn.Module) -> dict[str, float]:
+    """Measured seconds: of a float step, of a step of the timed arm, and to measure each kind.
+
+    `network`: float, not trained; it is used up.
+    """
+    setting, splits, device = study.setting, study.splits, study.device
+    arm = setting.timed_arm
+    steps = len(splits.train) // setting.arm_config(arm, 0).batch_size
+    long = dict(epochs=ceil((TIMED_STEPS + 3) / max(steps, 1)))
+
+    def of_step(model: nn.Module, config: TrainConfig) -> float:
+        config = replace(config, **long)
+        return time_steps(
+            lambda watch: train(model, splits.train, config, device=device, watch=watch)
+        )
+
+    seconds = {"float_step": of_step(network, setting.float_config(0))}
+    supernet = study.build_supernet(network.eval(), arm)
+    seconds["step"] = of_step(supernet, setting.arm_config(arm, 0))
+    lowest = replace(study, setting=replace(setting, levels=[min(setting.levels)]))
+    start = time.perf_counter()
+    study.measure(supernet, supernet.uniform(setting.bits[0]))
+    seconds["uniform"] = (time.perf_counter() - start) * len(setting.uniform_bits)
+    start = time.perf_counter()
+    lowest.measure_policies(supernet)
+    seconds["policies"] = (time.perf_counter() - start) * len(setting.levels)
+    return seconds
+
+
+def plan_epochs(
+    setting: Setting,
+    steps: int,
+    seconds: Mapping[str, float],
+    *,
+    seeds: int,
+    processes: int,
+    left: float,
+) -> tuple[int, float]:
+    """The epochs of every supernet that fit into the `left` seconds, and the seconds needed.
+
+    `steps`: in an epoch. `seconds`: from `seconds_of_parts`. The number of epochs is at least that
+    of the setting. The seconds are those of the whole study at the setting's number of epochs.
+    """
+    floats = ceil(seeds / processes) * setting.float_epochs * steps * seconds["float_step"]
+    rounds = ceil(seeds * len(setting.arms) / processes)  # of arms, one in each process
+    measuring = rounds * (seconds["uniform"] + seconds["policies"])
+    epoch = rounds * steps * seconds["step"]
+    # A tenth for what is not counted, such as checkpoints and conversion.
+    fitting = int((0.9 * left - floats - measuring) // epoch)
+    return max(fitting, setting.epochs), (floats + measuring + setting.epochs * epoch) / 0.9
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command runs, and until when."""
+
+    setting: Setting
+    seeds: list[int]
+    most_epochs: int | None  # of a supernet; None: as many as fit
+    root: str  # of the data set
+    output: Path
+    device: str
+    processes: int
+    started: float  # in the seconds of `time.time`
+    deadline: Deadline
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str] | None = None) -> "Command":
+        """Reads the command line, of this process by default, and the profile that it names.
+
+        A profile holds the fields of Setting, `seeds`, and if wanted `most_epochs`, `data_root` and
+        `output_dir`. Raises TypeError or ValueError for what is unknown or not allowed.
+        """
+        started, parser = time.time(), argparse.ArgumentParser(description=__doc__)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.add_argument("profile", type=Path, help="YAML file")
+        parser.add_argument("--data", help="folder or file of the data set; data_root otherwise")
+        parser.add_argument("--output", type=Path, help="folder to write to; output_dir otherwise")
+        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+        parser.add_argument("--minutes", type=float, help="end by then; no limit by default")
+        parser.add_argument("--processes", type=int, default=1, help="that share the device")
+        given = parser.parse_args(arguments)
+        if given.processes < 1 or (given.minutes is not None and not given.minutes > 0):
+            parser.error("--processes starts at 1, --minutes must be above 0")
+        profile = yaml.safe_load(given.profile.read_text())
+        output = profile.pop("output_dir", None)
+        seeds, most = profile.pop("seeds"), profile.pop("most_epochs", None)
+        root = profile.pop("data_root", "data")
+        if given.output is None and output is None:
+            parser.error("--output is missing, and the profile has no output_dir")
+        return cls(
+            setting=Setting(**profile),
+            seeds=list(seeds),
+            most_epochs=most,
+            root=given.data or root,
+            output=given.output or Path(output),
+            device=str(select_device(given.device)),
+            processes=given.processes,
+            started=started,
+            deadline=Deadline.after(given.minutes),
+        )
+
+    def runs(self) -> list[tuple]:
+        """Kind, arm and seed of all runs, in order: the primary outcome comes before policies."""
+        floats = [("float", None, seed) for seed in self.seeds]
+        arms = [(arm, seed) for seed in self.seeds for arm in self.setting.arms]
+        return floats + [(kind, arm, seed) for kind in KINDS for arm, seed in arms]
+
+
+def agree_on_plan(study: Study, team: Team, rank: int, command: Command) -> dict:
+    """The plan of a study, which is the same in all processes and when it resumes.
+
+    It holds the `epochs` of each supernet, and measured `seconds`, which are none without a limit
+    of time.
+    """
+    file, setting = study.file("plan.json"), study.setting
+    limited = study.deadline.end < inf
+    if not file.exists() and limited:
+        network = create(setting.model, len(study.splits.classes)).to(study.device)
+        team.barrier.wait()  # time all processes side by side
+        save_json(study.file(f"seconds-{rank}.json"), seconds_of_parts(study, network))
+    team.barrier.wait()
+
+    def compute() -> dict:
+        if not limited:
+            return {"epochs": setting.epochs, "seconds": {}}
+        files = [study.file(f"seconds-{r}.json") for r in range(team.size)]
+        seconds = pd.DataFrame([json.loads(f.read_text()) for f in files]).max().to_dict()
+        steps = len(study.splits.train) // setting.arm_config(setting.timed_arm, 0).batch_size
+        left = study.deadline.left()
+        how = dict(seeds=len(command.seeds), processes=team.size, left=left)
+        epochs, needed = plan_epochs(setting, steps, seconds, **how)
+        if needed > left:
+            print(
+                f"The time does not suffice for {setting.epochs} epochs: about {needed / 60:.1f} "
+                f"minutes are needed, {left / 60:.1f} are left. Whole seeds come first, and the "
+                "same command resumes.",
+                flush=True,
+            )
+        epochs = max(min(epochs, command.most_epochs or epochs), setting.epochs)
+        print(f"{epochs} epochs of each supernet", flush=True)
+        return {"epochs": epochs, "seconds": seconds}
+
+    about = {name: value for name, value in asdict(setting).items() if name != "arms"}
+    if rank == 0:
+        remembered(file, about, compute)
+    team.barrier.wait()
+    return remembered(file, about, compute)
+
+
+def work(rank: int, team: Team, command: Command) -> None:
+    """One process of the command: takes runs until all are done or the time is used up.
+
+    When all processes have stopped, the first one writes the results.
+    """
+    device, folder = torch.device(command.device), command.output / "runs"
+    splits = load_splits(command.setting, command.root, device)
+    study = Study(command.setting, splits, folder, device, command.deadline)
+    stopwatch = Stopwatch(folder / f"time-{rank}.json")
+    stopwatch.earlier += time.time() - command.started
+    plan = agree_on_plan(study, team, rank, command)
+    setting = replace(study.setting, epochs=plan["epochs"])
+    study = replace(study, setting=setting, seconds=plan["seconds"])
+    try:
+        for run in team.take(command.runs()):
+            print(take_run(study, *run), flush=True)
+            stopwatch.seconds()
+    except OutOfTime:
+        print(f"process {rank + 1}: time is used up", flush=True)
+    seconds = stopwatch.seconds()
+    team.barrier.wait()
+    if rank == 0:
+        report(command, study, seconds)
+
+
+def take_run(study: Study, kind: str, arm: str | None, seed: int) -> str:
+    """Makes one of `Command.runs`, after those that it needs; returns what was done, in words."""
+    if kind == "float":
+        return f"float, seed {seed}: test top-1 {study.run_float(seed)['top1']:.1f}%"
+    study.deadline.wait_for(study.file(f"float-{seed}.json"))
+    if kind == "policies":
+        study.deadline.wait_for(study.rows_file("uniform", arm, seed))
+    rows = study.run(kind, arm, seed)
+    return f"{arm}, seed {seed}: " + ", ".join(
+        f"{row['configuration']} {row['top1']:.1f}%" for row in rows
     )
-    files = dict(checkpoint=folder / f"{arm}-{seed}.pt", label=f"{arm}, seed {seed}")
-    supernet = Supernet(network, examples, setting.bits)
-    return train(supernet, splits.train, config, **options, **files)[0]
 
 
-def measure_policies(
-    setting: Setting, splits: Splits, supernet: Supernet, device: torch.device
-) -> dict[str, Mapping[str, float]]:
-    """Measures the policy searched at each level, and the uniform configurations, by name."""
-    x, y = (t.to(device) for t in splits.search[: setting.search_images])
-    error, configs = batch_error(supernet, x, y), {}
-    for level in setting.levels:
-        budget = bitops_at(supernet.table, level)
-        configs[f"searched {level}"] = greedy(supernet, error, budget, **setting.search)[-1].config
-    configs |= {f"uniform {b}": supernet.uniform(b) for b in setting.bits}
-    how = dict(images=setting.recalibration_images, device=device)
-    return {name: measure(supernet, config, splits, **how) for name, config in configs.items()}
+def collect(study: Study, seeds: Sequence[int]) -> list[dict]:
+    """The stored rows of seeds that are whole: of a kind, those that are measured in every arm."""
+    rows, arms = [], list(study.setting.arms)
+    for seed in seeds:
+        for kind in KINDS:
+            if all(study.rows_file(kind, arm, seed).exists() for arm in arms):
+                rows += [row for arm in arms for row in study.run(kind, arm, seed)]
+    return rows
 
 
-def run_arm(
-    setting: Setting, splits: Splits, arm: str, seed: int, folder: Path, device: torch.device
-) -> list[dict]:
-    """Trains one arm and seed and measures its policies; returns one row per configuration.
+def describe_training(study: Study, seed: int) -> list[dict]:
+    """The last epoch of the supernet of each arm: losses, and how far its steps have moved."""
+    rows = []
+    for arm in study.setting.arms:
+        history = json.loads(study.file(f"{arm}-{seed}-history.json").read_text())
+        decisions = sum(len(epoch.pop("decisions")) for epoch in history)
+        last = history[-1] if history else {}
+        rows.append({"arm": arm, "seed": seed, "decisions": decisions} | last)
+    return rows
 
-    `splits`: from `load_into_memory`. The checkpoint and the rows are kept in `folder`: a second
-    call reads them.
+
+def report(command: Command, study: Study, seconds: float) -> None:
+    """Writes the results of all whole seeds, and prints the arms beside the first one.
+
+    The files are metrics.csv, parameters.yaml, provenance.json and training.json.
     """
+    done = sum(study.rows_file(*run).exists() for run in command.runs() if run[0] != "float")
+    total = len(command.runs()) - len(command.seeds)
+    remark = "" if done == total else "; the same command resumes"
+    print(f"{done} of {total} runs are done{remark}")
+    metrics, setting = pd.DataFrame(collect(study, command.seeds)), study.setting
+    if metrics.empty:
+        print("No seed is whole yet: no results are written")
+        return
+    seeds, images = [int(seed) for seed in metrics["seed"].unique()], len(study.splits.train)
+    training = {
+        "float": [study.run_float(seed) for seed in seeds],
+        "supernet": [row for seed in seeds for row in describe_training(study, seed)],
+    }
+    parameters = asdict(setting) | dict(
+        seeds=seeds,
+        training_images=images,
+        images_seen=setting.epochs * images,
+        device=command.device,
+        processes=command.processes,
+    )
+    source = provenance(seeds, seconds)
+    found = dict(parameters=parameters, metrics=metrics, figures={}, training=training)
+    save_run(command.output, source=source, **found)
+    if len(setting.arms) > 1:
+        first = next(iter(setting.arms))
+        compared = differences(metrics, "top1", first, "configuration")
+        columns = ["compared", "configuration", "difference", "low", "high", "n"]
+        print(f"Test top-1 minus that of {first!r}, in points, with its 95% interval:")
+        print(compared[columns].round(2).to_string(index=False), flush=True)
 
-    def compute() -> list[dict]:
-        supernet = train_arm(setting, splits, arm, seed, folder, device)
-        found = measure_policies(setting, splits, supernet, device)
-        return [{"arm": arm, "seed": seed, "configuration": n} | row for n, row in found.items()]
 
-    return remembered(folder / f"{arm}-{seed}.json", asdict(setting), compute)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command with these arguments, of this process by default."""
+    command = Command.parse(arguments)
+    run_processes(work, command.processes, command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Arms of an ablation: rules of training, each switched alone, and what all arms share."""
+
+import inspect
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from math import inf
+from numbers import Integral, Real
+
+import torch
+from torch import nn
+
+from ..network.bits import check_bits
+from ..network.supernet import Supernet
+from ..search.greedy import check_options
+from ..training.loop import TrainConfig
+
+# The four arms of RFQuant's Table 6: name -> options of TrainConfig and of Supernet.
+ARMS = {
+    "plain": {"training": {"scheduler": False, "idm": False}},
+    "scheduler": {"training": {"scheduler": True, "idm": False}},
+    "IDM": {"training": {"scheduler": False, "idm": True}},
+    "both": {"training": {"scheduler": True, "idm": True}},
+}
+# Smallest value of the whole numbers in Setting.
+LEAST_VALUES = {
+    "train_images": 1,
+    "image_size": 1,
+    "float_epochs": 0,
+    "epochs": 0,
+    "search_images": 1,
+    "recalibration_images": 2,
+}
+# Configurations that are measured, in this order, and the settings that they do not depend on.
+KINDS = {
+    "uniform": {"levels", "search", "search_images"},
+    "policies": {"uniform", "primary"},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings of an ablation: what all arms share, and the options of each arm.
+
+    Raises ValueError for a value that is not allowed, and TypeError for an unknown setting or
+    option; the message names the arm.
+    """
+
+    model: str
+    dataset: str
+    train_images: int | None  # None: all
+    search_share: float  # share of the training images held out for the search
+    image_size: int  # side in pixels
+    bits: list[int]  # candidates
+    levels: list[float]  # budgets, as in `bitops_at`
+    float_epochs: int
+    epochs: int  # of the supernet
+    search_images: int  # images that searches score on
+    search: dict  # options of `greedy`
+    training: dict = field(default_factory=dict)  # options of TrainConfig, of both networks
+    float_training: dict = field(default_factory=dict)  # others for the float network
+    arms: dict = field(default_factory=lambda: deepcopy(ARMS))  # name -> options, as ARMS
+    uniform: list[int] | None = None  # uniform configurations to measure; None: all `bits`
+    primary: list[int] | None = None  # those whose mean test top-1 is the primary outcome
+    recalibration_images: int = 2000  # training images for batch-norm statistics
+
+    def __post_init__(self):
+        for setting in fields(self):
+            _check_setting(setting.name, getattr(self, setting.name))
+        check_options(**self.search)
+        for name in ("uniform", "primary"):
+            measured = self.bits if name == "uniform" else self.uniform_bits
+            if not set(getattr(self, name) or measured) <= set(measured):
+                chosen = getattr(self, name)
+                raise ValueError(f"{name}={chosen!r} is not allowed: some of {list(measured)}")
+        _check_training("float_training", self.training | self.float_training)
+        for name, options in self.arms.items():
+            _check_arm(self, name, options)
+
+    @property
+    def uniform_bits(self) -> list[int]:
+        """The uniform configurations that are measured."""
+        return self.bits if self.uniform is None else self.uniform
+
+    @property
+    def primary_name(self) -> str:
+        """What the row of the primary outcome is called."""
+        return f"mean of uniform {', '.join(map(str, self.primary))}"
+
+    @property
+    def timed_arm(self) -> str:
+        """The arm whose steps are timed: the last one."""
+        return list(self.arms)[-1]
+
+    @property
+    def about(self) -> dict:
+        """Settings that the checkpoints of all arms share, beside their TrainConfig."""
+        names = ("model", "dataset", "train_images", "image_size", "search_share", "bits")
+        return {name: getattr(self, name) for name in names}
+
+    def about_arm(self, arm: str, kind: str) -> dict:
+        """Settings that the rows of an arm depend on, of "uniform" ones or of "policies"."""
+        others = {"arms"} | KINDS[kind]
+        own = {name: value for name, value in asdict(self).items() if name not in others}
+        return own | {"arm": self.arms[arm]}
+
+    def float_config(self, seed: int) -> TrainConfig:
+        """How the float network is trained."""
+        options = self.training | self.float_training
+        return TrainConfig(epochs=self.float_epochs, seed=seed, **options)
+
+    def arm_config(self, arm: str, seed: int) -> TrainConfig:
+        """How the supernet of an arm is trained. Raises ValueError for an unknown arm."""
+        if arm not in self.arms:
+            raise ValueError(f"arm={arm!r} is not allowed: one of {list(self.arms)}")
+        options = self.training | self.arms[arm].get("training", {})
+        return TrainConfig(epochs=self.epochs, seed=seed, **options)
+
+
+def _is_number(value: object, kind: type, least: float) -> bool:
+    """Whether a value is a finite number of a kind (Integral or Real), at least `least`."""
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < inf
+
+
+def _check_setting(name: str, value: object) -> None:
+    """Raises ValueError if a setting has a value that is not allowed."""
+    if name == "bits":
+        check_bits(name, value)
+        return
+    if value is None and name in ("train_images", "uniform", "primary"):
+        return
+    if name in LEAST_VALUES:
+        right = _is_number(value, Integral, LEAST_VALUES[name])
+        allowed = f"a whole number, at least {LEAST_VALUES[name]}"
+    elif name in ("model", "dataset"):
+        right, allowed = isinstance(value, str), "a name"
+    elif name in ("search", "training", "float_training"):
+        right, allowed = isinstance(value, Mapping), "a dict of options, such as {}"
+    elif name == "arms":
+        right = isinstance(value, Mapping) and len(value) > 0
+        allowed = 'a dict of arms, such as {"no IDM": {"training": {"idm": False}}}'
+    elif name == "search_share":
+        right, allowed = _is_number(value, Real, 0) and 0 < value < 1, "a number between 0 and 1"
+    else:  # levels, uniform, primary
+        kind = Real if name == "levels" else Integral
+        right = isinstance(value, (list, tuple)) and all(_is_number(v, kind, 1) for v in value)
+        right, allowed = right and len(value) > 0, "one or more numbers, such as [2, 3]"
+    if not right:
+        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
+
+
+def _check_training(name: str, options: Mapping) -> None:
+    """Raises TypeError or ValueError, with `name`, for options that TrainConfig does not take."""
+    if own := sorted({"epochs", "seed"} & set(options)):
+        raise ValueError(f"{name}: {own} are not allowed: the study sets them")
+    try:
+        TrainConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _check_arm(setting: Setting, name: str, options: object) -> None:
+    """Raises TypeError or ValueError, with the name of the arm, for options that do not exist."""
+    if not isinstance(name, str) or not name.replace(" ", "").replace("_", "").isalnum():
+        raise ValueError(f"arm {name!r} is not allowed: letters, digits and spaces, for file names")
+    if not isinstance(options, Mapping) or not set(options) <= {"training", "supernet"}:
+        allowed = 'a dict of "training" and "supernet", each a dict of options'
+        raise ValueError(f"arm {name!r}: {options!r} is not allowed: {allowed}")
+    _check_training(f"arm {name!r}", setting.training | options.get("training", {}))
+    own = dict(options.get("supernet", {}))
+    known = inspect.signature(Supernet).parameters.values()
+    known = [parameter.name for parameter in known if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := sorted(set(own) - set(known)):
+        raise TypeError(f"arm {name!r}: unknown options of Supernet {unknown}: some of {known}")
+    own.pop("overrides", None)  # they name layers of the model
+    with torch.random.fork_rng(devices=[]):
+        smallest = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+        try:
+            Supernet(smallest, torch.rand(2, 3, 1, 1), setting.bits, **own)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"arm {name!r}: {error}") from error
