@@ -24,17 +24,37 @@ NO_HASH = "0" * 64
 def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path beside `path`, then moves that file to `path`.
 
-    `path` holds the old content or the new one, never a part. Removes leftovers of killed writers.
+    `path` holds the old content or the new one, never a part. Makes its folder, and removes
+    leftovers of killed writers. Raises ValueError if no file can be written there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    part = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    check_writable(path)
+    part = _temporary(path)
     try:
         write(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError if no file can be written at `path`.
+
+    Makes its folder, and removes leftovers of killed writers.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        _temporary(path).touch()
+        _temporary(path).unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
 
 
 def remove_leftovers(path: Path) -> None:

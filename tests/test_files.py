@@ -357,6 +357,16 @@ def test_the_order_of_settings_does_not_matter(tmp_path):
     assert remembered(file, {"b": {"d": None, "c": 2}, "a": 1}, forget) == 1
 
 
+@pytest.mark.parametrize("name", ["folder", "file/x.json", "a" * 253, "a" * 300])
+def test_a_path_that_cannot_be_written_is_named(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"{name} cannot be written"):
+        save_json(tmp_path / name, 1)
+    assert set(tmp_path.rglob("*")) == before
+
+
 def broken(part):
     part.write_text("half")
     raise OSError("disk full")

@@ -1,7 +1,7 @@
 """Bit-widths of one layer, its candidates, and the bit-widths of a whole network."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -49,6 +49,24 @@ def check_bits(name: str, bits: Iterable[int]) -> tuple[int, ...]:
             f"{LARGEST}, such as (2, 4)"
         )
     return tuple(sorted({int(b) for b in widths}))
+
+
+def check_overrides(overrides: Mapping[str, Candidates]) -> dict[str, Candidates]:
+    """Checks candidates of layers by name; returns them with ascending bits.
+
+    Raises ValueError unless each layer has two groups of bits, of weights and of activations.
+    """
+    if not isinstance(overrides, Mapping):
+        raise ValueError(f"overrides={overrides!r} is not allowed: a dict of layer -> Candidates")
+    checked = {}
+    for name, pair in overrides.items():
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise ValueError(
+                f"overrides[{name!r}]={pair!r} is not allowed: bits of weights and bits of "
+                "activations, such as ((2, 4), (2, 4))"
+            )
+        checked[name] = Candidates(*(check_bits(f"overrides[{name!r}]", bits) for bits in pair))
+    return checked
 
 
 def _refuse_repeats(names: list[str]) -> None:

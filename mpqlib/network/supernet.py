@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
-from .bits import BitConfig, Candidates, check_bits, check_config, smallest
+from .bits import BitConfig, Candidates, check_bits, check_config, check_overrides, smallest
 from .layers import QuantConvBN, QuantLinear
 from .observation import Observation, check_quantized, observe
 from .quantizer import INITIAL_STEPS, Quantizer
@@ -148,18 +148,16 @@ class Supernet(nn.Module):
         super().__init__()
         bits = check_bits("bits", bits)
         edge = None if edge_bits is None else check_bits("edge_bits", (edge_bits,))
-        overrides = {
-            name: Candidates(*(check_bits(f"overrides[{name!r}]", b) for b in pair))
-            for name, pair in (overrides or {}).items()
-        }
+        (depthwise_min,) = check_bits("depthwise_min", (depthwise_min,))
+        overrides = check_overrides(overrides or {})
         if weight_steps not in INITIAL_STEPS:
             raise ValueError(f"weight_steps={weight_steps!r} is not allowed: 'nested' or 'lsq'")
         steps = dict(
             weight_step=INITIAL_STEPS[weight_steps], scale_step_gradient=scale_step_gradient
         )
         _check_float_model(model)
-        _check_example(model, example)
         structure = trace(model)
+        _check_example(model, example)
         if unknown := set(overrides) - set(structure.norms):
             raise ValueError(f"overrides name no layer: {sorted(unknown)}; {list(structure.norms)}")
         self.first = sorted(structure.first) if edge else []
@@ -257,6 +255,12 @@ class Supernet(nn.Module):
         """Logits (N, classes) of images (N, C, H, W) at `config`, or in float if it is None."""
         self.set_bits(config)
         return self.model(x)
+
+
+def check_supernet(name: str, model: nn.Module) -> None:
+    """Raises ValueError if `model`, which error messages call `name`, is not a Supernet."""
+    if not isinstance(model, Supernet):
+        raise ValueError(f"{name} is a {type(model).__name__}: a Supernet is needed")
 
 
 def _per_image(macs: int, images: int) -> int:

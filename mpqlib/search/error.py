@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..network.bits import BitConfig, Bits, largest
 from ..network.observation import eval_mode
-from ..network.supernet import Supernet
+from ..network.supernet import Supernet, check_supernet
 from ..network.tracing import Tracer
 from ..training.evaluation import batch_statistics, norms_at, outside_norms
 from ..training.step import check_labels
@@ -146,6 +146,7 @@ def batch_error(
     `batch_error` again after the weights have changed. Raises ValueError if there is no image, or
     not one label for each image; with the default loss, the error does so for unfit labels.
     """
+    check_supernet("supernet", supernet)
     if not 0 < len(x) == len(y):
         raise ValueError(f"x holds {len(x)} images and y {len(y)} labels: one label for each image")
     logits, outside = Incremental(supernet.eval(), x), outside_norms(supernet)

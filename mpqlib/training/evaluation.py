@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
 from ..network.observation import eval_mode
-from ..network.supernet import Supernet
+from ..network.supernet import Supernet, check_supernet
 from .step import check_labels
 
 
@@ -104,8 +104,8 @@ def evaluate(
 
     Raises ValueError if a batch norm holds statistics that were measured for another configuration,
     for float mode after one-shot training without recalibration, for an empty dataset, for outputs
-    that are no logits (N, classes), for labels that are no class of the model, and for a `config` or
-    `calibration` of a float model.
+    that are no logits (N, classes), for labels that are no class of the model, and for a `config`
+    or `calibration` of a float model.
     """
     if not len(dataset):
         raise ValueError("dataset is empty: there is nothing to evaluate")
@@ -116,7 +116,8 @@ def evaluate(
             recalibrate(model, calibration, config, **how)
         check_statistics(model, config)
     elif config is not None or calibration is not None:
-        raise ValueError("config and calibration need a Supernet; this is a float model")
+        kind = type(model).__name__
+        raise ValueError(f"config and calibration need a Supernet; this is a float model ({kind})")
     # Before inference mode, because weights that are moved inside it can no longer be trained.
     model = move_channels_last(model, device)
     correct, loss = [], 0.0
@@ -259,10 +260,11 @@ def recalibrate(
     right before evaluating, or use `evaluate(..., calibration=dataset)`. All modules return to
     their earlier mode. After an error, the statistics are the old ones.
 
-    Raises ValueError if `images` is not a whole number of at least 2 or `batch_size` of at least 1,
-    for fewer than two images in `dataset`, for a `config` of another supernet, and for statistics
-    that are not finite.
+    Raises ValueError for another model, if `images` is not a whole number of at least 2 or
+    `batch_size` of at least 1, for fewer than two images in `dataset`, for a `config` of another
+    supernet, and for statistics that are not finite.
     """
+    check_supernet("supernet", supernet)
     for name, value, least in (("images", images, 2), ("batch_size", batch_size, 1)):
         if not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")

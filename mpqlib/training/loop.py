@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from ..data import InMemory
-from ..files import check_settings, load_state, plain, remove_leftovers, save_state, set_tensors
+from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet
 from .evaluation import move_channels_last, select_device, select_dtype
@@ -39,9 +39,9 @@ from .optimization import (
 from .scheduler import cosine, freeze, freeze_share, is_decision, turbulence
 from .step import float_gradients, one_shot_gradients
 
-# Number of the training rules, which stored runs name. 2: those of RFQuant's release, as recorded in
-# tests/data; in 1, the grid term, initial steps, learning rates and freezing differed.
-RULES = 2
+# Number of the training rules; stored runs name it. 2: those of RFQuant's release, as recorded in
+# tests/data. In 1, the grid term, initial steps, learning rates and freezing differed.
+TRAINING_RULES = 2
 
 # Smallest and largest value allowed of settings; any other number is at least 0.
 RANGES = {
@@ -77,7 +77,7 @@ class TrainConfig:
     weight_decay: float = 2.5e-5
     region_decay: bool = True  # other decay inside the 2-bit clipping region: `decay_by_region`
     step_travel: float = 1.88  # sum of Adam's learning rates: how far a step size can move at most
-    step_lr_limit: float = 0.01  # no learning rate of Adam above this, so that short runs are stable
+    step_lr_limit: float = 0.01  # highest learning rate of Adam; only short runs would exceed it
     clip_value: float = 1.0  # gradient entries are clipped to +- this; math.inf: no clipping
     ema_decay: float = 0.9997  # of the averaged weights; unlike the release's, it warms up
     label_smoothing: float = 0.0
@@ -450,11 +450,11 @@ def train(
     scheduler: the `step` (from 0), the `turbulence` of layers and the `frozen` ones; and
     `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
 
-    Raises ValueError for a checkpoint that is damaged, was written under other settings or does not
-    fit the model, for fewer images than one batch, for outputs that are no logits (N, classes), and
-    for labels that are not int64 or, on the CPU, no class of the model. Raises FloatingPointError,
-    with epoch, step and layer, when losses, gradients or weights become NaN or infinite; the
-    checkpoint stays as it was.
+    Raises ValueError for a checkpoint that is damaged, was written under other settings, does not
+    fit the model or cannot be written, for fewer images than one batch, for outputs that are no
+    logits (N, classes), and for labels that are not int64 or, on the CPU, no class of the model.
+    Raises FloatingPointError, with epoch, step and layer, when losses, gradients or weights become
+    NaN or infinite; the checkpoint stays as it was.
     """
     if not isinstance(checkpoint_minutes, Real) or not checkpoint_minutes >= 0:
         raise ValueError(f"checkpoint_minutes={checkpoint_minutes!r} is not allowed: at least 0")
@@ -464,7 +464,7 @@ def train(
     run = Run.start(config, model, len(dataset), about)
     path = checkpoint and Path(checkpoint)
     if path:
-        remove_leftovers(path)
+        check_writable(path)
         if path.exists():
             run.load(path)
     saved = time.monotonic()

@@ -606,6 +606,12 @@ def test_models_that_cannot_be_converted_are_refused():
         ({"bits": (2, 4.0)}, r"bits=\(2, 4.0\)"),
         ({"bits": "[2,4]"}, r"""bits='\[2,4\]' is a string.*-y "bits: \[2, 4\]".*-f"""),
         ({"edge_bits": 1}, r"edge_bits=\(1,\)"),
+        ({"depthwise_min": "x"}, r"depthwise_min=\('x',\) is not allowed"),
+        ({"overrides": [("0", (2,))]}, r"overrides=\[.*a dict"),
+        ({"overrides": {"0": ((2,),)}}, r"overrides\['0'\]=\(\(2,\),\) is not allowed"),
+        ({"overrides": {"0": None}}, r"overrides\['0'\]=None is not allowed"),
+        ({"overrides": {"0": 4}}, r"overrides\['0'\]=4 is not allowed"),
+        ({"overrides": {"0": "24"}}, r"overrides\['0'\]='24' is not allowed: bits of weights"),
     ],
 )
 def test_unfit_candidates_are_refused(arguments, message):

@@ -136,3 +136,8 @@ def test_a_configuration_that_does_not_fit_is_named(supernet):
             error(config.replace("pointwise", wrong))
     with pytest.raises(ValueError, match="is not a BitConfig"):
         error({name: (4, 4) for name in config})
+
+
+def test_a_float_model_is_refused():
+    with pytest.raises(ValueError, match="supernet is a TinyNet: a Supernet is needed"):
+        batch_error(TinyNet(), *images(8).tensors)

@@ -167,8 +167,10 @@ def test_evaluate_refuses_what_it_cannot_count(supernet, dataset):
             evaluate(network, TensorDataset(x, labels))
     with pytest.raises(ValueError, match="device='gpu' is not available here: one of"):
         evaluate(network, dataset, device="gpu")
-    with pytest.raises(ValueError, match="need a Supernet"):
+    with pytest.raises(ValueError, match=r"need a Supernet; this is a float model \(TinyNet\)"):
         evaluate(network, dataset, supernet.uniform(2))
+    with pytest.raises(ValueError, match="supernet is a TinyNet: a Supernet is needed"):
+        recalibrate(network, dataset, None)
     with pytest.raises(ValueError, match="need a Supernet"):
         evaluate(network, dataset, calibration=dataset)
     assert network.training

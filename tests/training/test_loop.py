@@ -238,6 +238,14 @@ def test_a_checkpoint_of_other_settings_is_refused(dataset, tmp_path, setting, a
         train(TinyNet(), dataset, replace(SMALL, **setting), checkpoint=path, about=about)
 
 
+@pytest.mark.parametrize("name", ["", "a" * 253])
+def test_a_checkpoint_that_cannot_be_written_is_named_before_training(dataset, tmp_path, name):
+    steps = []
+    with pytest.raises(ValueError, match=f"{name} cannot be written"):
+        train(TinyNet(), dataset, SMALL, checkpoint=tmp_path / name, watch=steps.append)
+    assert not steps
+
+
 def test_a_checkpoint_of_another_network_data_set_or_kind_is_refused(supernet, dataset, tmp_path):
     path = tmp_path / "run.pt"
     train(TinyNet(), dataset, SMALL, checkpoint=path)
