@@ -440,8 +440,10 @@ def train(
     `dataset`: items (image (C, H, W), label); augmentation must draw from torch's global generator.
     `checkpoint`: a file that is written after each epoch, and within an epoch when
     `checkpoint_minutes` have passed since the last time. If the file exists, training resumes from
-    it and gives the same numbers, bit for bit (CPU), as without interruption. `about`: further
-    settings that must match before resuming, such as the names of model and data. `workers`:
+    it and gives the same numbers, bit for bit (CPU), as without interruption. Other initial weights
+    or other images of the same number are not noticed then: say in `about` where both come from.
+    Only one training at a time may write a checkpoint. `about`: further settings that must match
+    before resuming, such as the names of model and data. `workers`:
     processes that load images; they do not change the numbers. `label`: title of the progress bar.
     `watch`: called with the Run after every step.
 
