@@ -21,7 +21,7 @@ from ..network.bits import BitConfig
 from ..network.cost import bitops, model_size
 from ..network.supernet import Supernet
 from ..training.evaluation import evaluate, recalibrate
-from ..training.loop import RULES
+from ..training.loop import TRAINING_RULES
 from .intervals import top1_interval
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "mpqlib")
@@ -133,7 +133,7 @@ def provenance(seeds: Sequence[int], seconds: float) -> dict:
     versions = {package: installed_version(package) for package in PACKAGES}
     return {
         "commit": own_commit(),
-        "training_rules": RULES,
+        "training_rules": TRAINING_RULES,
         "versions": {"python": platform.python_version()} | versions,
         "processor": processor(),
         "seeds": list(seeds),
@@ -145,7 +145,7 @@ def provenance(seeds: Sequence[int], seconds: float) -> dict:
 def has_earlier_rules(folder: Path) -> bool:
     """Whether the run stored in `folder` was made with earlier training rules than the present."""
     source = json.loads((Path(folder) / "provenance.json").read_text())
-    return source.get("training_rules", 1) < RULES
+    return source.get("training_rules", 1) < TRAINING_RULES
 
 
 def save_run(

@@ -13,7 +13,7 @@ from textbook import textbook_t_interval
 
 from mpqlib.report import claims
 from mpqlib.report.paper import FINDINGS, PAPER, Claim, Listed
-from mpqlib.training.loop import RULES
+from mpqlib.training.loop import TRAINING_RULES
 
 ROWS = [  # seed, plain, better
     (0, 70.0, 71.0),
@@ -150,7 +150,7 @@ def root(metrics, tmp_path, monkeypatch):
     metrics.to_csv(folder / "metrics.csv", index=False)
     (folder / "claims.json").write_text(json.dumps(claims.documents([CLAIM])))
     source = {"commit": "0123456789abcdef", "seeds": [0, 1, 2, 3, 4], "date": "2026-01-02T03:04:05"}
-    source["training_rules"] = RULES
+    source["training_rules"] = TRAINING_RULES
     (folder / "provenance.json").write_text(json.dumps(source))
     parts = ["\nearlier table\n".join(claims.marks(name)) for name in ("results", "claims")]
     readme = "\n".join(["before", *parts, "after\n"])
@@ -184,7 +184,7 @@ def test_the_first_page_judges_listed_claims_by_their_stored_run(root):
 def test_a_run_with_earlier_training_rules_is_marked(root):
     file = root / "results" / "05_x" / "small" / "provenance.json"
     source = json.loads(file.read_text())
-    for rules in (RULES - 1, None):
+    for rules in (TRAINING_RULES - 1, None):
         source["training_rules"] = rules
         if rules is None:
             del source["training_rules"]

@@ -9,7 +9,7 @@ from textbook import textbook_t_interval
 
 from mpqlib.report import results
 from mpqlib.report.results import searched_beside_uniform
-from mpqlib.training.loop import RULES
+from mpqlib.training.loop import TRAINING_RULES
 
 
 def front(seed, greedy, uniform):
@@ -64,7 +64,7 @@ def test_runs_of_several_seeds_are_one_row_with_an_interval(tmp_path, monkeypatc
     uniform = [(1.0, 60, 99.0), (2.0, 65, 90.0), (3.5, 70, 99.0)]
     searched = [94.0, 95.0, 97.0]
     for name, top1 in zip(("digits", "digits_seed1", "digits_seed2"), searched, strict=True):
-        store(tmp_path / "03_train" / name, top1, uniform, RULES)
+        store(tmp_path / "03_train" / name, top1, uniform, TRAINING_RULES)
     row = results.results_table(tmp_path).splitlines()[-1].strip("| ").split(" | ")
     mean, low, high = textbook_t_interval([top1 - 90.0 for top1 in searched])
     assert row == [
@@ -80,6 +80,6 @@ def test_runs_of_several_seeds_are_one_row_with_an_interval(tmp_path, monkeypatc
 
 def test_a_single_run_has_no_interval_and_earlier_rules_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "SHOWN", {})
-    store(tmp_path / "03_train" / "digits", 94.0, [(2.0, 65, 90.0)], RULES - 1)
+    store(tmp_path / "03_train" / "digits", 94.0, [(2.0, 65, 90.0)], TRAINING_RULES - 1)
     row = results.results_table(tmp_path).splitlines()[-1].strip("| ").split(" | ")
     assert row[2:6] == ["94.0", "90.0", "99.0", "1 seed, earlier rules"]
