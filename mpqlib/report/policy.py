@@ -109,9 +109,10 @@ def _read(path: Path) -> dict:
             f"{path} has the cost model {stored['cost_model']!r}, but this version of mpqlib has "
             f"{COST_MODEL!r}: its BitOPs cannot be compared; use the version that wrote it"
         )
-    if stored[POLICY_HASH] != json_hash({key: stored[key] for key in stored.keys() - {POLICY_HASH}}):
+    content = {key: value for key, value in stored.items() if key != POLICY_HASH}
+    if stored[POLICY_HASH] != json_hash(content):
         raise ValueError(
-            f"{path} was changed, its content does not match its {POLICY_HASH}: save the policy again"
+            f"{path} was changed: its content does not match its {POLICY_HASH}. Save the policy again"
         )
     return stored
 
@@ -183,7 +184,8 @@ def load_policy(
         load_weights(weights, supernet)
         policy = Policy(supernet, config, stored)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the network does not fit {path}: {error}") from error
+        hint = "; pass model=<your float network> if it is another one" if model is None else ""
+        raise ValueError(f"the network does not fit {path}: {error}{hint}") from error
     cost = bitops(supernet.table, config) / 1e9
     if abs(cost - stored["bitops_g"]) > 1e-9 * cost:
         raise ValueError(
