@@ -112,7 +112,7 @@ def _read(path: Path) -> dict:
     content = {key: value for key, value in stored.items() if key != POLICY_HASH}
     if stored[POLICY_HASH] != json_hash(content):
         raise ValueError(
-            f"{path} was changed: its content does not match its {POLICY_HASH}. Save the policy again"
+            f"{path} was changed: it does not match its {POLICY_HASH}. Save the policy again"
         )
     return stored
 

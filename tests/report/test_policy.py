@@ -173,7 +173,7 @@ def test_a_network_without_a_name_must_be_given(stored):
 def test_a_name_that_is_no_known_network_says_how_to_give_it(supernet, config, tmp_path):
     recalibrate(supernet, images(32), config)
     path = mpqlib.save_policy(tmp_path, supernet, config, {"model": "mynet", "classes": 3})
-    with pytest.raises(ValueError, match="name='mynet' .* pass model=<your float network>"):
+    with pytest.raises(ValueError, match=r"name='mynet' .* pass model=<your float network>"):
         mpqlib.load_policy(path)
     assert mpqlib.load_policy(path, model=TinyNet()).config == config
 
