@@ -70,7 +70,9 @@ def idm_loss(distortions: Mapping[str, Sequence[Tensor]]) -> Tensor:
     """Sum over layers of their mean squared distortion, a scalar (RFQuant's IDM).
 
     `distortions`: layer name -> outputs (N, C, H, W) of each call minus the (detached) outputs at
-    the largest bits. The mean runs over the values of all calls. Raises ValueError without a layer.
+    the largest bits. The mean runs over the values of all calls. Outputs are those after the batch
+    norm; RFQuant's release, as it runs, compares many of them after the ReLU, because operations in
+    place overwrite what its hooks hold. Raises ValueError without a layer.
     """
     if not distortions:
         raise ValueError("distortions is empty: IDM needs at least one layer")
