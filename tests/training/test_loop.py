@@ -22,7 +22,7 @@ from mpqlib.files import load_state, save_state, save_weights
 from mpqlib.network.quantizer import Quantizer
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
-from mpqlib.training.loop import TrainConfig, train
+from mpqlib.training.loop import Run, TrainConfig, train
 
 SMALL = TrainConfig(
     epochs=3,
@@ -445,6 +445,18 @@ def test_a_short_run_makes_all_decisions_of_the_release(dataset):
     assert steps == [*range(7, 108, 2), 119, 134, 149]
     for epoch, row in enumerate(history):
         assert all(decision["step"] // 6 == epoch for decision in row["decisions"])
+
+
+def test_of_several_decisions_at_one_step_the_last_counts():
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 3, 1) for _ in range(40)]
+    net, x = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(8, 3, 2, 2)
+    supernet = Supernet(net, x, (2, 4), edge_bits=None)
+    run = Run.start(TrainConfig(epochs=1, batch_size=8), supernet, images=40)
+    run.step = 2  # of 5: the parts 31 to 60 of 150 begin here, with decisions before 31, ..., 59
+    decision = run.choose_candidates()
+    share = 0.2 + 0.3 * (1 + math.cos(math.pi * 27 / 75)) / 2  # after the 27th decision
+    assert len(decision["frozen"]) == int(40 * share)
 
 
 def test_the_distance_that_steps_moved_is_stored(supernet, dataset):
