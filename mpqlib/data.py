@@ -3,6 +3,7 @@
 import io
 import reprlib
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -257,7 +258,9 @@ def _npz(path: Path, download: bool) -> list[Source]:
         KeyError,
         TypeError,
         AttributeError,
+        NotImplementedError,
         BadZipFile,
+        zlib.error,
     ) as error:
         raise ValueError(f"{path} is not a .npz file of {keys}: {error}") from error
     names = arrays["classes"]

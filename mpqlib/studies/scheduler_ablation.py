@@ -266,6 +266,12 @@ class Command:
         if given.processes < 1 or (given.minutes is not None and not given.minutes > 0):
             parser.error("--processes starts at 1, --minutes must be above 0")
         profile = yaml.safe_load(given.profile.read_text())
+        if not isinstance(profile, dict) or not isinstance(profile.get("seeds"), list):
+            raise ValueError(
+                f"{given.profile} is no profile: fields of Setting and a list of seeds"
+            )
+        if len(set(profile["seeds"])) < len(profile["seeds"]):
+            raise ValueError(f"seeds={profile['seeds']} in {given.profile}: none may stand twice")
         output = profile.pop("output_dir", None)
         seeds, most = profile.pop("seeds"), profile.pop("most_epochs", None)
         root = profile.pop("data_root", "data")

@@ -49,7 +49,7 @@ RANGES = {
     "momentum": (0, 1),
     "ema_decay": (0, 1),
     "label_smoothing": (0, 1),
-    "schedule_parts": (1, math.inf),
+    "schedule_parts": (1, 100_000),
     "freeze_every": (1, math.inf),
     "freeze_late": (0, 1),
     "freeze_late_every": (1, math.inf),
@@ -98,6 +98,11 @@ class TrainConfig:
         for setting in fields(self):
             value = _checked(setting.name, getattr(self, setting.name), setting.type)
             object.__setattr__(self, setting.name, value)  # the class is frozen
+        if not self.warmup < self.schedule_parts:
+            raise ValueError(
+                f"warmup={self.warmup} is not allowed: fewer parts than "
+                f"schedule_parts={self.schedule_parts}"
+            )
 
 
 def _checked(name: str, value: object, kind: type) -> bool | int | float | str:
@@ -364,7 +369,7 @@ class Run:
             own.load_state_dict(saved)
         self.generator.set_state(state["generator"])
         self.candidates = {name: Candidates(*c) for name, c in state["candidates"].items()}
-        self.first_step_sizes = state["first_step_sizes"]
+        self.first_step_sizes = state["first_step_sizes"].to(self.first_step_sizes.device)
         self.history, self.step = state["history"], state["step"]
         self.epoch = state["epoch"] and Epoch(**state["epoch"])
 

@@ -228,6 +228,8 @@ def test_command_needs_no_notebook_packages():
     ("changed", "arguments", "message"),
     [
         ({"freezing": {}}, [], "freezing"),
+        ({"seeds": 3}, [], "is no profile"),
+        ({"seeds": [0, 1, 0]}, [], "none may stand twice"),
         ({}, ["--device", "abacus"], "device='abacus' is not available"),
     ],
 )

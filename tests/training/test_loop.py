@@ -286,6 +286,7 @@ def test_about_that_cannot_be_stored_is_refused_at_the_start(dataset, tmp_path):
         ("epochs", 2.5, "a whole number, at least 0"),
         ("epochs", True, "a whole number, at least 0"),
         ("batch_size", 0, "a whole number, at least 1"),
+        ("schedule_parts", 10**7, "a whole number, from 1 to 100000"),
         ("batch_size", "64", "a whole number, at least 1"),
         ("batch_size", None, "a whole number, at least 1"),
         ("random_paths", 1.5, "a whole number, at least 0"),
@@ -310,6 +311,22 @@ def test_settings_that_are_not_allowed_are_named(name, value, allowed):
 def test_an_unknown_setting_is_named():
     with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
         TrainConfig(**{"epoch": 3})
+
+
+def test_a_warmup_that_never_ends_is_refused():
+    with pytest.raises(
+        ValueError, match=r"warmup=5\.0 is not allowed: fewer parts than schedule_p"
+    ):
+        TrainConfig(schedule_parts=5, warmup=5)
+    assert TrainConfig(schedule_parts=5, warmup=4.5).warmup == 4.5
+
+
+@pytest.mark.filterwarnings("ignore:.*from a non-meta parameter:UserWarning")
+def test_a_checkpoint_comes_back_on_the_model_s_device(tmp_path):
+    Run.start(SMALL, network(True), images=48).save(tmp_path / "run.pt")
+    run = Run.start(SMALL, network(True).to("meta"), images=48)  # stands for an accelerator
+    run.load(tmp_path / "run.pt")
+    assert run.first_step_sizes.device.type == "meta"
 
 
 def test_settings_at_their_bounds_are_allowed():
