@@ -1,4 +1,11 @@
-"""A network and images small enough to train in a second."""
+"""How pytest shares the cores, and a network and images small enough to train in a second."""
+
+import os
+from pathlib import Path
+
+# One process for each core, one thread for each process: more threads than cores would wait for
+# each other. Notebook kernels inherit the setting. It must stand before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -7,6 +14,12 @@ from torch.utils.data import TensorDataset
 
 from mpqlib.network.supernet import Supernet
 from mpqlib.studies.train import beside_float
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Return 0 to run a single file without workers, or None for one worker for each core."""
+    paths = [Path(argument.partition("::")[0]) for argument in config.args]
+    return 0 if len(paths) == 1 and paths[0].is_file() else None
 
 
 class TinyNet(nn.Module):

@@ -374,6 +374,36 @@ class Run:
         self.epoch = state["epoch"] and Epoch(**state["epoch"])
 
 
+class Checkpoint:
+    """The file of a run, which continues from it if it exists; None writes no file.
+
+    `minutes`: between two checkpoints within an epoch. Raises ValueError if it is negative, if
+    `path` cannot be written, or as `Run.load` does.
+    """
+
+    def __init__(self, run: Run, path: str | Path | None, minutes: float):
+        if not isinstance(minutes, Real) or not minutes >= 0:
+            raise ValueError(f"checkpoint_minutes={minutes!r} is not allowed: at least 0")
+        self.run, self.path, self.minutes = run, path and Path(path), minutes
+        if self.path:
+            check_writable(self.path)
+            if self.path.exists():
+                run.load(self.path)
+        self.written = time.monotonic()
+
+    def write(self) -> None:
+        """Writes the file, in one process alone."""
+        if self.path and rank_and_size()[0] == 0:
+            self.run.save(self.path)
+        self.written = time.monotonic()
+
+    def update(self) -> None:
+        """Writes the file within an epoch if its time has come."""
+        within = self.run.step % self.run.steps != 0
+        if within and time.monotonic() - self.written >= 60 * self.minutes:
+            self.write()
+
+
 def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Trains on images (N, C, H, W) and labels (N) for one step; returns losses and accuracies.
 
@@ -448,9 +478,9 @@ def train(
     it and gives the same numbers, bit for bit (CPU), as without interruption. Other initial weights
     or other images of the same number are not noticed then: say in `about` where both come from.
     Only one training at a time may write a checkpoint. `about`: further settings that must match
-    before resuming, such as the names of model and data. `workers`:
-    processes that load images; they do not change the numbers. `label`: title of the progress bar.
-    `watch`: called with the Run after every step.
+    before resuming, such as the names of model and data. `workers`: processes that load images;
+    they do not change the numbers. `label`: title of the progress bar. `watch`: called with the Run
+    after every step.
 
     The history has one dict for each epoch: `epoch` (from 1), mean losses and accuracies,
     `seconds`, and for a Supernet `decisions`, a list with a dict for each decision of the
@@ -463,31 +493,17 @@ def train(
     Raises FloatingPointError, with epoch, step and layer, when losses, gradients or weights become
     NaN or infinite; the checkpoint stays as it was.
     """
-    if not isinstance(checkpoint_minutes, Real) or not checkpoint_minutes >= 0:
-        raise ValueError(f"checkpoint_minutes={checkpoint_minutes!r} is not allowed: at least 0")
     device = select_device(device)
     model = move_channels_last(model, device).train()
     model.zero_grad()  # a gradient from before would count in the first step
     run = Run.start(config, model, len(dataset), about)
-    path = checkpoint and Path(checkpoint)
-    if path:
-        check_writable(path)
-        if path.exists():
-            run.load(path)
-    saved = time.monotonic()
-
-    def save() -> None:
-        nonlocal saved
-        if path and rank_and_size()[0] == 0:
-            run.save(path)
-        saved = time.monotonic()
+    saved = Checkpoint(run, checkpoint, checkpoint_minutes)
 
     def after_step() -> None:
         if watch:
             watch(run)
             model.train()  # `batch_error`, for one, puts it into eval mode
-        if run.step % run.steps and time.monotonic() - saved >= 60 * checkpoint_minutes:
-            save()
+        saved.update()
 
     while len(run.history) < config.epochs:
         if run.epoch is None:
@@ -498,5 +514,5 @@ def train(
         )
         check_weights(model, f"after epoch {len(run.history) + 1} of {config.epochs}")
         run.end_epoch()
-        save()
+        saved.write()
     return averaged_model(model, run.average), run.history
