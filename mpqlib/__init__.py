@@ -4,7 +4,6 @@ from . import data, models
 from .files import load_weights, remembered, save_weights
 from .network.bits import BitConfig, largest, sample, smallest
 from .network.cost import bitops, bitops_at, check_budget, model_size
-from .network.quantizer import compile_quantizers
 from .network.supernet import Supernet
 from .report import plots, runs
 from .report.policy import load_policy, save_policy
@@ -22,7 +21,6 @@ __all__ = [
     "bitops",
     "bitops_at",
     "check_budget",
-    "compile_quantizers",
     "data",
     "decoded",
     "evaluate",

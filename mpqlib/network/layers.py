@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -35,14 +36,28 @@ class QuantLinear(nn.Module):
         scaled = dict(scale_step_gradient=scale_step_gradient)
         self.weight_quantizer = Quantizer(candidates.weight, op.weight, True, weight_step, **scaled)
         self.act_quantizer = None if float_input else Quantizer(candidates.act, example, **scaled)
+        self.pairs = [Bits(w, a) for w in candidates.weight for a in candidates.act]
+        w, a = len(candidates.weight), len(candidates.act)
+        # Position of a pair's weight bits, of its activation bits and of the pair: data instead of
+        # numbers, so that one program computes at every bit-width.
+        positions = torch.cartesian_prod(torch.arange(w), torch.arange(a)).view(-1, 2)
+        positions = torch.cat([positions, torch.arange(w * a)[:, None]], 1).to(op.weight.device)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("position", positions[0].clone(), persistent=False)
         self.bits: Bits | None = None
+
+    def set_bits(self, bits: Bits | None) -> None:
+        """Sets the bits of the next passes, one of `pairs`; None is float mode."""
+        self.bits = bits
+        if bits is not None:
+            self.position.copy_(self.positions[self.pairs.index(bits)])
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear and nn.Conv2d
         if self.bits is None:
             return self.op(input)
-        weight = self.weight_quantizer(self.op.weight, self.bits.weight)
+        weight = self.weight_quantizer(self.op.weight, self.position[0:1])
         if self.act_quantizer is not None:
-            input = self.act_quantizer(input, self.bits.act)
+            input = self.act_quantizer(input, self.position[1:2])
         return functional_call(self.op, {"weight": weight}, (input,))
 
     def __getattr__(self, name: str):
@@ -55,12 +70,25 @@ class QuantLinear(nn.Module):
             return getattr(self.op, name)
 
 
+def stack_tensors(module: nn.Module, count: int) -> nn.Module:
+    """A copy of `module` in which each parameter and buffer is `count` copies of it, stacked."""
+    stacked = copy.deepcopy(module)
+    for part in stacked.modules():
+        for name, p in part.named_parameters(recurse=False):
+            rows = p.detach().expand(count, *p.shape).clone()
+            setattr(part, name, nn.Parameter(rows, p.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.expand(count, *buffer.shape).clone())
+    return stacked
+
+
 class QuantConvBN(QuantLinear):
     """A convolution, its two quantizers and its bank of batch norms.
 
     `norm`: the batch norm that follows in the float model, or None. Float mode uses it. The bank
-    holds a copy of it per (weight bits, activation bits) pair, because every pair has statistics of
-    its own (RFQuant, arXiv 2401.01543); with `pair_norms=False` all pairs share one copy.
+    holds its parameters and statistics once for each (weight bits, activation bits) pair, stacked,
+    because every pair has statistics of its own (RFQuant, arXiv 2401.01543); with
+    `pair_norms=False` all pairs share one row.
     """
 
     def __init__(
@@ -77,17 +105,24 @@ class QuantConvBN(QuantLinear):
         super().__init__(op, example, candidates, float_input, **steps)
         self.norm = norm or nn.Identity()
         self.pair_norms = pair_norms
-        pairs = [Bits(w, a) for w in candidates.weight for a in candidates.act]
-        keys = {self.norm_key(pair) for pair in pairs} if norm is not None else ()
-        self.bank = nn.ModuleDict({key: copy.deepcopy(norm) for key in sorted(keys)})
+        rows = len(self.pairs) if pair_norms else 1
+        self.bank = norm and stack_tensors(norm, rows)
+        if not pair_norms:
+            self.positions[:, 2] = 0
 
-    def norm_key(self, bits: Bits) -> str:
-        """Name in the bank of the batch norm for `bits`."""
-        return f"w{bits.weight}a{bits.act}" if self.pair_norms else "shared"
-
-    def norm_at(self, bits: Bits | None) -> nn.Module:
-        """The batch norm for `bits`, or for float mode if `bits` is None."""
-        return self.norm if bits is None or not self.bank else self.bank[self.norm_key(bits)]
+    def row(self, bits: Bits) -> int:
+        """The row of the bank that belongs to `bits`."""
+        return int(self.positions[self.pairs.index(bits), 2])
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.norm_at(self.bits)(super().forward(input))
+        output = super().forward(input)
+        if self.bits is None or self.bank is None:
+            return self.norm(output)
+        row = self.position[2:3]
+        tensors = dict(self.bank.named_parameters()) | dict(self.bank.named_buffers())
+        own = {name: t.index_select(0, row).squeeze(0) for name, t in tensors.items()}
+        output = functional_call(self.norm, own, (output,))
+        if self.norm.training:  # which has changed the statistics
+            for name, statistics in self.bank.named_buffers():
+                statistics.index_copy_(0, row, own[name].unsqueeze(0))
+        return output

@@ -205,7 +205,7 @@ def check_quantized(
                 f"the float model"
             )
         with torch.no_grad():
-            quantized = layer.weight_quantizer(layer.op.weight, layer.bits.weight)
+            quantized = layer.weight_quantizer(layer.op.weight, layer.position[0:1])
         if not all(_place(w) in operands.read and torch.equal(w, quantized) for w in used[name]):
             raise ValueError(
                 f"layer {name!r} of class {type(layer.op).__name__} computes with other weights "

@@ -1,7 +1,6 @@
 """LSQ quantizers: integer ranges, straight-through rounding, one learned step per bit-width."""
 
 from collections.abc import Callable, Iterable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +34,13 @@ def shaped_like(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(x.shape)
 
 
-def quantize(x: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
+def quantize(x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
     """x_hat = s * round(clip(x / s, q_min, q_max)) of a vector x (LSQ, equations 1 and 2)."""
-    return (x / step).clamp_(q_min, q_max).round_().mul_(step)
+    return (x / step).clamp_min_(q_min).clamp_max_(q_max).round_().mul_(step)
 
 
 def gradients(
-    x: Tensor, x_hat: Tensor, grad: Tensor, step: Tensor, q_min: int, q_max: int
+    x: Tensor, x_hat: Tensor, grad: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x (a vector) and step (a scalar) from the gradient of x_hat in `quantize`.
 
@@ -50,57 +49,48 @@ def gradients(
         dx_hat/ds = round(v) - v inside, q_min or q_max outside
     Both cases of the second line equal x_hat / s - v * dx_hat/dx, which needs no second mask.
     """
-    # hardtanh's gradient is the indicator of the open interval (q_min, q_max), in one pass.
-    grad_x = torch.ops.aten.hardtanh_backward(grad, x / step, q_min, q_max)
+    v = x / step
+    # Comparisons as numbers 0 and 1, because PyTorch multiplies by truth values slowly on a CPU.
+    below = torch.lt(v, q_max, out=torch.empty_like(v))
+    grad_x = v.gt_(q_min).mul_(below).mul_(grad)
     return grad_x, (torch.dot(grad, x_hat) - torch.dot(grad_x, x)) / step
-
-
-@cache
-def arithmetic(compile: bool) -> tuple[Callable, Callable]:
-    """`quantize` and `gradients`, plain or compiled; compiled, each passes over memory once."""
-    pair = quantize, gradients
-    return tuple(torch.compile(f, dynamic=True) for f in pair) if compile else pair
 
 
 class LSQ(torch.autograd.Function):
     """`quantize` with LSQ's gradients (arXiv 1902.08153)."""
 
     @staticmethod
-    def forward(ctx, x, step, q_min: int, q_max: int, gradient_scale: float, compile: bool):
-        quantize, ctx.gradients = arithmetic(compile)
-        # Vectors, so that one compiled function serves tensors of every shape. In the type of the
-        # step, because its gradient is a small difference of large sums: bfloat16 would lose it.
-        vectors = in_memory_order(x.detach(), dtype=step.dtype)
-        x_hat = shaped_like(quantize(*vectors, step.detach(), q_min, q_max), x)
+    def forward(
+        ctx, x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor, scale_step_gradient: bool
+    ) -> Tensor:
+        # In the type of the step, because its gradient is a small difference of large sums:
+        # bfloat16 would lose it.
+        (vector,) = in_memory_order(x, dtype=step.dtype)
+        x_hat = shaped_like(quantize(vector, step, q_min, q_max), x)
         # The layers around keep both anyway, so saving them costs no memory. v is recomputed.
-        ctx.save_for_backward(x, x_hat, step)
-        ctx.range, ctx.gradient_scale = (q_min, q_max), gradient_scale
+        ctx.save_for_backward(x, x_hat, step, q_min, q_max)
+        ctx.scale_step_gradient = scale_step_gradient
         return x_hat
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, x_hat, step = (saved.detach() for saved in ctx.saved_tensors)
+        x, x_hat, step, q_min, q_max = ctx.saved_tensors
         vectors = in_memory_order(x, x_hat, grad, dtype=step.dtype)
-        grad_x, grad_step = ctx.gradients(*vectors, step, *ctx.range)
-        return shaped_like(grad_x, x), grad_step * ctx.gradient_scale, None, None, None, None
+        grad_x, grad_step = gradients(*vectors, step, q_min, q_max)
+        if ctx.scale_step_gradient:
+            grad_step = grad_step / (x.numel() * q_max).sqrt()
+        return shaped_like(grad_x, x), grad_step, None, None, None
 
 
 def lsq(
-    x: Tensor,
-    step: Tensor,
-    bits: int,
-    signed: bool,
-    scale_step_gradient: bool = False,
-    compile: bool = False,
+    x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor, scale_step_gradient: bool = False
 ) -> Tensor:
-    """Fake-quantizes `x` (any shape) with a scalar `step`; same shape (LSQ, equations 1-3).
+    """Fake-quantizes `x` (any shape) to integers from `q_min` to `q_max` times `step`, all scalars.
 
-    With `scale_step_gradient` the gradient of the step is divided by sqrt(numel * q_max), LSQ's g.
-    `compile`: run by torch.compile, see `compile_quantizers`.
+    Same shape (LSQ, equations 1-3). With `scale_step_gradient` the gradient of the step is divided
+    by sqrt(numel * q_max), LSQ's g.
     """
-    q_min, q_max = integer_range(bits, signed)
-    scale = (x.numel() * q_max) ** -0.5 if scale_step_gradient else 1.0
-    return LSQ.apply(x, step, q_min, q_max, scale, compile)
+    return LSQ.apply(x, step, q_min, q_max, scale_step_gradient)
 
 
 def _positive(step: Tensor) -> Tensor:
@@ -154,19 +144,33 @@ class Quantizer(nn.Module):
             raise ValueError("bits is empty: name at least one bit-width from 2 to 16")
         self.signed = bool(example.min() < 0) if signed is None else signed
         self.scale_step_gradient = scale_step_gradient
-        self.compiled = False
-        self.steps = nn.ParameterDict(
-            {str(b): nn.Parameter(initial_step(example, b, self.signed)) for b in self.bits}
-        )
+        steps = [initial_step(example, b, self.signed) for b in self.bits]
+        self.steps = nn.Parameter(torch.stack(steps))
+        self.register_buffer("ranges", self._ranges(), persistent=False)
+
+    def _ranges(self) -> Tensor:
+        """Smallest and largest integers (2, bit-widths)."""
+        ranges = [integer_range(b, self.signed) for b in self.bits]
+        return self.steps.new_tensor(ranges).T
+
+    def position(self, bits: int) -> Tensor:
+        """Position of `bits` among the bit-widths, shape (1,); raises ValueError for others."""
+        if bits not in self.bits:
+            raise ValueError(f"bits={bits!r} is not allowed here: one of {self.bits}")
+        return torch.tensor([self.bits.index(bits)], device=self.steps.device)
 
     def step(self, bits: int) -> Tensor:
         """The positive step size at `bits`, a scalar; raises ValueError for other bit-widths."""
-        if bits not in self.bits:
-            raise ValueError(f"bits={bits!r} is not allowed here: one of {self.bits}")
-        return self.steps[str(bits)].abs()
+        return self.steps.index_select(0, self.position(bits)).squeeze(0).abs()
 
-    def forward(self, x: Tensor, bits: int) -> Tensor:
-        return lsq(x, self.step(bits), bits, self.signed, self.scale_step_gradient, self.compiled)
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Fake-quantizes `x` (any shape) at the bit-width of this `position`, shape (1,).
+
+        The position is a tensor, so that one compiled program serves all bit-widths.
+        """
+        step = self.steps.index_select(0, position).squeeze(0).abs()
+        q_min, q_max = self.ranges.index_select(1, position).squeeze(1)
+        return lsq(x, step, q_min, q_max, self.scale_step_gradient)
 
     # The sign of the range belongs to the checkpoint, because it comes from data.
     def get_extra_state(self) -> Tensor:
@@ -174,17 +178,7 @@ class Quantizer(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.signed = bool(state)
+        self.ranges.copy_(self._ranges())
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}"
-
-
-def compile_quantizers(model: nn.Module) -> None:
-    """Makes all quantizers of `model` run by torch.compile, at every bit-width.
-
-    Speed is limited by memory, and compiled code passes over memory once: the same values in about
-    half the time, after some seconds of compiling. On a CPU this needs a C++ compiler.
-    """
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            module.compiled = True

@@ -249,7 +249,7 @@ class Supernet(nn.Module):
         if config is not None:
             self.check(config)
         for name, layer in self.layers.items():
-            layer.bits = config and config[name]
+            layer.set_bits(config and config[name])
 
     def forward(self, x: Tensor, config: BitConfig | None = None) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W) at `config`, or in float if it is None."""

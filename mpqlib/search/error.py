@@ -13,7 +13,7 @@ from ..network.bits import BitConfig, Bits, largest
 from ..network.observation import eval_mode
 from ..network.supernet import Supernet, check_supernet
 from ..network.tracing import Tracer
-from ..training.evaluation import batch_statistics, norms_at, outside_norms
+from ..training.evaluation import batch_norms, batch_statistics
 from ..training.step import check_labels
 
 Error = Callable[[BitConfig], float]
@@ -149,7 +149,7 @@ def batch_error(
     check_supernet("supernet", supernet)
     if not 0 < len(x) == len(y):
         raise ValueError(f"x holds {len(x)} images and y {len(y)} labels: one label for each image")
-    logits, outside = Incremental(supernet.eval(), x), outside_norms(supernet)
+    logits, norms = Incremental(supernet.eval(), x), batch_norms(supernet)
     modules = list(supernet.modules())
 
     @torch.inference_mode()
@@ -157,7 +157,7 @@ def batch_error(
         supernet.check(config)
         training = any(module.training for module in modules)
         mode = eval_mode(supernet) if training else nullcontext()
-        with mode, batch_statistics(norms_at(supernet, config) + outside):
+        with mode, batch_statistics(norms):
             outputs = logits(config)
             if loss is F.cross_entropy:
                 check_labels(outputs, y)

@@ -26,7 +26,7 @@ from ..network.supernet import Supernet
 from ..report.intervals import t_bounds
 from ..report.plots import ARM_COLOURS, COLOURS
 from ..training.distortion import reading
-from ..training.evaluation import batch_statistics, evaluate, norms_at, recalibrate
+from ..training.evaluation import batch_norms, batch_statistics, evaluate, recalibrate
 from ..training.loop import TrainConfig, train
 from ..training.step import idm_gradient_share
 
@@ -181,19 +181,19 @@ def outputs_alone(supernet: Supernet, x: Tensor, bits: int) -> dict[str, Tensor]
     batch and keeps its own.
     """
     found: dict[str, Tensor] = {}
-    config, layers = supernet.uniform(bits), supernet.layers
+    config, layers, norms = supernet.uniform(bits), supernet.layers, batch_norms(supernet)
 
     def quantize(name: str, layer: QuantLinear, args: tuple, output: Tensor) -> None:
-        layer.bits = config[name]
-        found[name] = sampled(layer.forward(*args))  # layer(...) would call this hook again
-        layer.bits = None
+        layer.set_bits(config[name])
+        with batch_statistics([m for m in layer.modules() if m in norms]):
+            found[name] = sampled(layer.forward(*args))  # layer(...) would call this hook again
+        layer.set_bits(None)
 
     with ExitStack() as hooks, torch.no_grad():
         for name in supernet.searchable:
             handle = layers[name].register_forward_hook(partial(quantize, name))
             hooks.callback(handle.remove)
         supernet.eval()
-        hooks.enter_context(batch_statistics(norms_at(supernet, config)))
         supernet(x)
     return found
 

@@ -23,7 +23,7 @@ from ..search.baselines import best_step, evaluate_all, evolution, random_search
 from ..search.error import Error, batch_error
 from ..search.greedy import greedy
 from ..search.moves import Step
-from ..training.evaluation import batch_statistics, norms_at, outside_norms
+from ..training.evaluation import batch_norms, batch_statistics
 
 
 def top1_error(logits: Tensor, y: Tensor) -> Tensor:
@@ -106,11 +106,11 @@ def compare_rules(
 
 def literal_error(supernet: Supernet, x: Tensor, y: Tensor):
     """Returns the error of `batch_error`, computed by a whole pass for each configuration."""
-    outside = outside_norms(supernet.eval())
+    norms = batch_norms(supernet.eval())
 
     @torch.inference_mode()
     def error(config: BitConfig) -> float:
-        with batch_statistics(norms_at(supernet, config) + outside):
+        with batch_statistics(norms):
             return float(cross_entropy(supernet(x, config), y))
 
     return error

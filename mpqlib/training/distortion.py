@@ -1,12 +1,14 @@
 """Information distortion mitigation (IDM): low-bit outputs are drawn to the high-bit ones."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
+from torch.utils.hooks import RemovableHandle
 
 from ..network.bits import Bits, Candidates
 from ..network.layers import QuantLinear
@@ -49,39 +51,88 @@ def reading(
             handle.remove()
 
 
-def captured(layers: Mapping[str, nn.Module], names: Iterable[str]):
-    """Within the block, collects detached copies of the named layers' outputs, one per call."""
-    return reading(layers, names, lambda name, call, output: output.detach().clone())
+@dataclass
+class OutputHook:
+    """Forward hook of a layer: keeps its outputs at the largest bits, and compares later ones.
 
-
-def distortions(
-    layers: Mapping[str, nn.Module],
-    names: Iterable[str],
-    targets: Mapping[str, Sequence[Tensor]],
-):
-    """Within the block, collects the named layers' outputs minus `targets`; gradients flow.
-
-    `targets`: what `captured` collected. Each call is compared with the same call there.
+    A layer may run several times in a pass: each call is compared with the same call. Outputs are
+    those after the batch norm. They are read at once, because later operations may overwrite them.
     """
-    return reading(layers, names, lambda name, call, output: output - targets[name][call])
+
+    mode: str = "off"  # off, keep or compare
+    targets: list[Tensor] = field(default_factory=list)  # one a call, detached
+    squares: list[Tensor] = field(
+        default_factory=list
+    )  # sum of the squared differences, one a call
+
+    def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
+        if self.mode == "keep":
+            self.targets.append(output.detach().clone())
+        elif self.mode == "compare":
+            difference = output - self.targets[len(self.squares)]
+            # mse_loss would give gradients that are not channels-last, which slows layers below.
+            self.squares.append(vector_norm(difference).square())
 
 
-def idm_loss(distortions: Mapping[str, Sequence[Tensor]]) -> Tensor:
-    """Sum over layers of their mean squared distortion, a scalar (RFQuant's IDM).
+class Distortions:
+    """Mean squared distances of layers' outputs to those at the largest bits (RFQuant's IDM).
 
-    `distortions`: layer name -> outputs (N, C, H, W) of each call minus the (detached) outputs at
-    the largest bits. The mean runs over the values of all calls. Outputs are those after the batch
-    norm; RFQuant's release, as it runs, compares many of them after the ReLU, because operations in
-    place overwrite what its hooks hold. Raises ValueError without a layer.
+    Which of the `layers` count may change from pass to pass. `static`: for a compiled network, which
+    must run one program. Hooks then stay on all layers until `remove`, and all outputs are kept and
+    compared; only the layers that are asked for count in the loss.
     """
-    if not distortions:
-        raise ValueError("distortions is empty: IDM needs at least one layer")
-    total = 0
-    for calls in distortions.values():
-        # mse_loss would give gradients that are not channels-last, which slows the layers below.
-        squares = sum(vector_norm(d).square() for d in calls)
-        total = total + squares / sum(d.numel() for d in calls)
-    return total
+
+    def __init__(self, layers: Mapping[str, nn.Module], static: bool = False):
+        self.layers, self.static = layers, static
+        self.hooks = {name: OutputHook() for name in layers}
+        self.handles = self._register(layers) if static else []
+
+    def _register(self, names: Iterable[str]) -> list[RemovableHandle]:
+        pairs = [(self.layers[name], self.hooks[name]) for name in names]  # or no hook at all
+        return [layer.register_forward_hook(hook) for layer, hook in pairs]
+
+    def remove(self) -> None:
+        """Takes the hooks off the layers."""
+        for handle in self.handles:
+            handle.remove()
+
+    @contextmanager
+    def _in_mode(self, mode: str, names: Iterable[str]) -> Iterator[None]:
+        names = list(self.hooks if self.static else names)
+        handles = [] if self.static else self._register(names)
+        try:
+            for name in names:
+                self.hooks[name].mode = mode
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name in names:
+                self.hooks[name].mode = "off"
+
+    def keep(self, names: Iterable[str]):
+        """Within the block, the outputs of these layers become the targets."""
+        for hook in self.hooks.values():
+            hook.targets.clear()
+        return self._in_mode("keep", names)
+
+    def compare(self, names: Iterable[str]):
+        """Within the block, the outputs of these layers are compared with the targets."""
+        for hook in self.hooks.values():
+            hook.squares.clear()
+        return self._in_mode("compare", names)
+
+    def loss(self, names: Iterable[str]) -> Tensor:
+        """Sum over these layers of their mean squared distortion, a scalar (RFQuant's IDM).
+
+        The mean runs over the values of all calls. RFQuant's release, as it runs, compares many
+        outputs after the ReLU, because operations in place overwrite what its hooks hold. Raises
+        ValueError without a layer.
+        """
+        hooks = [self.hooks[name] for name in names]
+        if not hooks:
+            raise ValueError("names is empty: IDM needs at least one layer")
+        return sum(sum(h.squares) / sum(t.numel() for t in h.targets) for h in hooks)
 
 
 def grid_loss(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from numbers import Integral
 from typing import NamedTuple
 
@@ -132,38 +133,64 @@ def evaluate(
     return Evaluation(torch.cat(correct), loss / len(dataset))
 
 
-def outside_norms(supernet: Supernet) -> list[_BatchNorm]:
-    """The batch norms that belong to no layer: every configuration uses them."""
-    convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
-    owned = {id(m) for conv in convs for m in (conv.norm, *conv.bank.values())}
-    return [m for m in supernet.modules() if isinstance(m, _BatchNorm) and id(m) not in owned]
+def _conv_layers(supernet: Supernet) -> dict[str, QuantConvBN]:
+    return {n: layer for n, layer in supernet.layers.items() if isinstance(layer, QuantConvBN)}
 
 
-def norms_at(supernet: Supernet, config: BitConfig | None) -> list[_BatchNorm]:
-    """The batch norms of layers that `config` uses (None: float mode), at most one a layer."""
-    layers = supernet.layers.items()
-    convs = {name: layer for name, layer in layers if isinstance(layer, QuantConvBN)}
-    norms = [layer.norm_at(config and config[name]) for name, layer in convs.items()]
-    return [norm for norm in norms if isinstance(norm, _BatchNorm)]
+def batch_norms(supernet: Supernet) -> list[_BatchNorm]:
+    """All batch norms of the network: every configuration uses them, and so does float mode.
 
-
-def _running_norms(supernet: Supernet, config: BitConfig | None) -> dict[str, _BatchNorm]:
-    """The batch norms that `config` uses and that keep running statistics, by name."""
-    used = {id(norm) for norm in norms_at(supernet, config) + outside_norms(supernet)}
-    modules = supernet.named_modules()
-    return {n: m for n, m in modules if id(m) in used and m.running_mean is not None}
+    Banks are left out. They hold parameters and statistics, but only these modules compute.
+    """
+    banks = {layer.bank for layer in _conv_layers(supernet).values()}
+    return [m for m in supernet.modules() if isinstance(m, _BatchNorm) and m not in banks]
 
 
 class _Measured(NamedTuple):
-    """Statistics that `recalibrate` left in a batch norm, and the configurations they belong to.
-
-    A batch norm keeps them in its attribute `measured`. If its statistics differ from these, it was
-    trained or loaded since, and their configuration is unknown.
-    """
+    """Statistics that `recalibrate` left in a batch norm, and the configurations they belong to."""
 
     configs: frozenset
     mean: Tensor
     var: Tensor
+
+
+@dataclass
+class _RunningNorm:
+    """A batch norm that keeps running statistics, as one configuration uses it.
+
+    `row`: its row in the layer's bank, or None without a bank. The module that holds the statistics
+    keeps what `recalibrate` left there in its attribute `measured`, by row. If its statistics
+    differ from these, it was trained or loaded since, and their configuration is unknown.
+    """
+
+    module: _BatchNorm  # computes
+    holder: nn.Module  # holds the statistics: the module itself, or a bank
+    row: int | None
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Mean, variance and number of batches: views, so that they can be set in place."""
+        held = self.holder
+        tensors = held.running_mean, held.running_var, held.num_batches_tracked
+        return [t if self.row is None else t[self.row] for t in tensors]
+
+    def set_statistics(self, mean: Tensor, var: Tensor, config: BitConfig | None) -> None:
+        """Sets the statistics and records that they belong to `config`."""
+        measured = vars(self.holder).setdefault("measured", {})
+        configs, last = {_key(config)}, measured.get(self.row)
+        # Two configurations can share statistics, as in the first layer, which reads the same
+        # images.
+        if last and all(map(torch.allclose, last[1:], (mean.cpu(), var.cpu()))):
+            configs |= last.configs
+        for buffer, value in zip(self.buffers, (mean, var), strict=False):
+            buffer.copy_(value)
+        measured[self.row] = _Measured(frozenset(configs), mean.cpu(), var.cpu())
+
+    def measured_for(self) -> frozenset | None:
+        """The configurations that the statistics belong to, or None if unknown."""
+        last = vars(self.holder).get("measured", {}).get(self.row)
+        present = [buffer.cpu() for buffer in self.buffers[:2]]
+        return last.configs if last and all(map(torch.equal, last[1:], present)) else None
 
 
 def _key(config: BitConfig | None) -> frozenset | None:
@@ -171,30 +198,31 @@ def _key(config: BitConfig | None) -> frozenset | None:
     return config and frozenset(config.items())
 
 
-def _set_statistics(norm: _BatchNorm, mean: Tensor, var: Tensor, config: BitConfig | None) -> None:
-    """Sets a batch norm's statistics and records that they belong to `config`."""
-    configs, last = {_key(config)}, vars(norm).get("measured")
-    # Two configurations can share statistics, as in the first layer, which reads the same images.
-    if last and all(map(torch.allclose, last[1:], (mean.cpu(), var.cpu()))):
-        configs |= last.configs
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(var)
-    norm.measured = _Measured(frozenset(configs), mean.cpu(), var.cpu())
-
-
-def _measured_for(norm: _BatchNorm) -> frozenset | None:
-    """The configurations that a batch norm's statistics belong to, or None if unknown."""
-    last = vars(norm).get("measured")
-    present = (norm.running_mean.cpu(), norm.running_var.cpu())
-    return last.configs if last and all(map(torch.equal, last[1:], present)) else None
+def _running_norms(supernet: Supernet, config: BitConfig | None) -> dict[str, _RunningNorm]:
+    """The batch norms that keep running statistics, as `config` uses them, by name."""
+    owner = {layer.norm: (name, layer) for name, layer in _conv_layers(supernet).items()}
+    names = {module: name for name, module in supernet.named_modules()}
+    found = {}
+    for module in batch_norms(supernet):
+        if module.running_mean is None:
+            continue
+        if config is None or module not in owner:
+            found[names[module]] = _RunningNorm(module, module, None)
+        else:
+            name, layer = owner[module]
+            bits = config[name]
+            label = f"{names[layer.bank]} (w{bits.weight}a{bits.act})"
+            found[label] = _RunningNorm(module, layer.bank, layer.row(bits))
+    return found
 
 
 def _trained_one_shot(supernet: Supernet) -> bool:
     """Whether batch norms of bit-widths were trained on more batches than those of float mode."""
-    convs = [layer for layer in supernet.layers.values() if isinstance(layer, QuantConvBN)]
-    pairs = [(norm, conv.norm) for conv in convs for norm in conv.bank.values()]
-    pairs = [(a, b) for a, b in pairs if isinstance(b, _BatchNorm) and b.running_mean is not None]
-    return any(bool(a.num_batches_tracked > b.num_batches_tracked) for a, b in pairs)
+    return any(
+        bool((layer.bank.num_batches_tracked > layer.norm.num_batches_tracked).any())
+        for layer in _conv_layers(supernet).values()
+        if isinstance(layer.norm, _BatchNorm) and layer.norm.running_mean is not None
+    )
 
 
 def check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
@@ -202,7 +230,7 @@ def check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
     if config is not None:
         supernet.check(config)
     norms = _running_norms(supernet, config)
-    known = {name: _measured_for(norm) for name, norm in norms.items()}
+    known = {name: norm.measured_for() for name, norm in norms.items()}
     remedy = "pass calibration=<training images> to evaluate, or call recalibrate first"
     if wrong := [n for n, configs in known.items() if configs and _key(config) not in configs]:
         raise ValueError(
@@ -218,22 +246,23 @@ def check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
 
 
 @contextmanager
-def _averaging(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+def _averaging(norms: Sequence[_RunningNorm]) -> Iterator[None]:
     """Within the block, batch norms average the statistics of all batches; then all is as before.
 
     Batch norms are to be in eval mode before and are so again.
     """
-    before = [(norm.momentum, [b.clone() for b in norm.buffers()]) for norm in norms]
+    before = [(norm.module.momentum, [b.clone() for b in norm.buffers]) for norm in norms]
     try:
         for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # PyTorch's cumulative average
-            norm.train()
+            for buffer, start in zip(norm.buffers, (0, 1, 0), strict=True):
+                buffer.fill_(start)
+            norm.module.momentum = None  # PyTorch's cumulative average
+            norm.module.train()
         yield
     finally:
         for norm, (momentum, buffers) in zip(norms, before, strict=True):
-            norm.eval().momentum = momentum
-            for buffer, value in zip(norm.buffers(), buffers, strict=True):
+            norm.module.eval().momentum = momentum
+            for buffer, value in zip(norm.buffers, buffers, strict=True):
                 buffer.copy_(value)
 
 
@@ -281,15 +310,17 @@ def recalibrate(
     with eval_mode(supernet), _averaging(list(norms.values())):
         for x, _ in DataLoader(dataset, batch_sampler=indices):
             supernet(x.to(device, memory_format=torch.channels_last), config)
-        ran = {name: norm for name, norm in norms.items() if norm.num_batches_tracked}
-        found = {n: (m.running_mean.clone(), m.running_var.clone()) for n, m in ran.items()}
+        # A batch norm that the forward pass skips keeps its statistics.
+        found = {
+            name: [buffer.clone() for buffer in norm.buffers[:2]]
+            for name, norm in norms.items()
+            if norm.buffers[2] > 0
+        }
     for name, statistics in found.items():
         if not all(values.isfinite().all() for values in statistics):
             raise ValueError(f"statistics of {name!r} are not finite: check images and weights")
     for name, norm in norms.items():
-        # A batch norm that the forward pass skips keeps its statistics.
-        present = (norm.running_mean.clone(), norm.running_var.clone())
-        _set_statistics(norm, *found.get(name, present), config)
+        norm.set_statistics(*found.get(name, norm.buffers[:2]), config)
 
 
 @contextmanager

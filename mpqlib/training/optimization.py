@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..network.bits import Bits
+from ..network.layers import QuantConvBN
 from ..network.quantizer import Quantizer, integer_range
 from ..network.supernet import Supernet
 from .scheduler import cosine
@@ -78,9 +79,12 @@ def create_optimizers(
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-    own_steps = {id(p) for quantizer in quantizers for p in quantizer.steps.values()}
-    layers = model.layers.values() if isinstance(model, Supernet) and region_decay else ()
-    undecayed = {id(layer.op.weight) for layer in layers}
+    own_steps = {id(quantizer.steps) for quantizer in quantizers}
+    layers = model.layers.values() if isinstance(model, Supernet) else ()
+    banks = [layer.bank for layer in layers if isinstance(layer, QuantConvBN) and layer.bank]
+    undecayed = {id(p) for bank in banks for p in bank.parameters()}
+    if region_decay:
+        undecayed |= {id(layer.op.weight) for layer in layers}
     steps = [p for p in trained if id(p) in own_steps]
     others = [p for p in trained if id(p) not in own_steps]
     decayed = [p for p in others if p.dim() > 1 and id(p) not in undecayed]
@@ -91,8 +95,8 @@ def create_optimizers(
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest}]
         # Fused: reads each weight once, where one operation after another reads it five times.
         sgd = torch.optim.SGD(groups, 1.0, momentum, nesterov=momentum > 0, fused=True)
-        # Some batch norms get their first gradient late, when the fused optimizer can no longer
-        # begin their momentum.
+        # A parameter may get its first gradient late, when the fused optimizer can no longer begin
+        # its momentum.
         sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in others})
         optimizers.append(sgd)
     if steps:
@@ -129,7 +133,7 @@ def decay_by_region(
 def step_sizes(model: nn.Module) -> Tensor:
     """All step sizes of the quantizers of `model`, a vector; empty without quantizers."""
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-    sizes = [q.step(b).detach().reshape(1) for q in quantizers for b in q.bits]
+    sizes = [q.steps.detach().abs() for q in quantizers]
     return torch.cat(sizes) if sizes else torch.zeros(0)
 
 

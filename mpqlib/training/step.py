@@ -1,7 +1,8 @@
 """One step of one-shot training: the gradients of the largest bits and of random ones."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from ..network.bits import BitConfig, Candidates, largest
 from ..network.supernet import Supernet
-from .distortion import captured, distortions, grid_loss, idm_loss, lowest_layers
+from .distortion import Distortions, grid_loss, lowest_layers
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -42,7 +43,9 @@ def check_labels(logits: Tensor, y: Tensor) -> None:
         )
 
 
-def logits_in(dtype: torch.dtype, model: nn.Module, x: Tensor, *config: BitConfig) -> Tensor:
+def logits_in(
+    dtype: torch.dtype, model: Callable[..., Tensor], x: Tensor, *config: BitConfig
+) -> Tensor:
     """Runs the model with convolutions and linear layers in `dtype`; returns logits in float32.
 
     Logits in float64 stay in float64. Raises ValueError for other outputs than logits (N, classes).
@@ -71,17 +74,80 @@ def float_gradients(
     return {"loss": loss.detach(), "accuracy": accuracy(logits, y)}
 
 
+class OneShotStep:
+    """The passes of a training step, eager or compiled.
+
+    `compile`: run the network by torch.compile, which fuses batch norms, activations and
+    quantizers. One program serves all configurations. To compile it takes a minute or more.
+    Compiled, hooks for IDM stay on the layers until the block ends.
+    """
+
+    def __init__(self, supernet: Supernet, compile: bool = False):
+        self.supernet = supernet
+        self.model = torch.compile(supernet.model) if compile else supernet.model
+        layers = {name: supernet.layers[name] for name in supernet.searchable}
+        self.distortions = Distortions(layers, static=compile)
+
+    def __enter__(self) -> "OneShotStep":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.distortions.remove()
+
+    def run(self, x: Tensor, config: BitConfig) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) at `config`."""
+        self.supernet.set_bits(config)
+        return self.model(x)
+
+    def gradients(
+        self,
+        x: Tensor,
+        y: Tensor,
+        candidates: Mapping[str, Candidates],
+        configs: Sequence[BitConfig],
+        *,
+        idm_weight: float = 0.0,
+        grid_weight: float = 0.0,
+        smoothing: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> dict[str, Tensor]:
+        """Adds the gradients of one step; see `one_shot_gradients`."""
+        supernet, distortions = self.supernet, self.distortions
+        lowest = [lowest_layers(config, candidates) for config in configs]
+        with distortions.keep(set().union(*lowest)) if idm_weight else nullcontext():
+            logits = logits_in(dtype, self.run, x, largest(candidates))
+        check_labels(logits, y)
+        loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
+        loss.backward()
+        teacher = logits.detach().softmax(1)
+        losses = {"loss": loss.detach(), "accuracy": accuracy(logits, y)}
+
+        for config, names in zip(configs, lowest, strict=True):
+            with distortions.compare(names) if idm_weight else nullcontext():
+                student = logits_in(dtype, self.run, x, config)
+            cross_entropy = F.cross_entropy(student, y, label_smoothing=smoothing)
+            divergence = F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
+            random_loss = (cross_entropy + divergence) / 2
+            idm = grid = torch.zeros_like(random_loss)
+            if idm_weight and names:
+                idm = distortions.loss(names)
+            if grid_weight:
+                grid = grid_loss(supernet.layers, config, candidates)
+            (random_loss + idm_weight * idm + grid_weight * grid).backward()
+
+            row = {"loss_random": random_loss, "idm": idm, "accuracy_random": accuracy(student, y)}
+            for key, value in row.items():
+                losses[key] = losses.get(key, 0) + value.detach() / len(configs)
+        return losses
+
+
 def one_shot_gradients(
     supernet: Supernet,
     x: Tensor,
     y: Tensor,
     candidates: Mapping[str, Candidates],
     configs: Sequence[BitConfig],
-    *,
-    idm_weight: float = 0.0,
-    grid_weight: float = 0.0,
-    smoothing: float = 0.0,
-    dtype: torch.dtype = torch.float32,
+    **options,
 ) -> dict[str, Tensor]:
     """Adds the gradients of one step at the largest bits and at `configs`; returns the losses.
 
@@ -89,35 +155,11 @@ def one_shot_gradients(
     The loss at each configuration is half the cross-entropy, plus half the KL divergence from the
     outputs at the largest bits, plus `idm_weight` times the IDM loss of the layers at their
     smallest weight bits, plus `grid_weight` times the grid loss. `smoothing`: label smoothing.
-    `dtype`: of convolutions and linear layers. Losses and accuracies at `configs` are means over
-    them. Source: RFQuant (arXiv 2401.01543).
+    `dtype`: of convolutions and linear layers. `options`: these four, as in `OneShotStep`. Losses
+    and accuracies at `configs` are means over them. Source: RFQuant (arXiv 2401.01543).
     """
-    layers = supernet.layers
-    lowest = [lowest_layers(config, candidates) if idm_weight else [] for config in configs]
-    with captured(layers, set().union(*lowest)) as targets:
-        logits = logits_in(dtype, supernet, x, largest(candidates))
-    check_labels(logits, y)
-    loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
-    loss.backward()
-    teacher = logits.detach().softmax(1)
-    losses = {"loss": loss.detach(), "accuracy": accuracy(logits, y)}
-
-    for config, names in zip(configs, lowest, strict=True):
-        with distortions(layers, names, targets) as distorted:
-            student = logits_in(dtype, supernet, x, config)
-        cross_entropy = F.cross_entropy(student, y, label_smoothing=smoothing)
-        divergence = F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
-        random_loss = (cross_entropy + divergence) / 2
-        idm = idm_loss(distorted) if distorted else torch.zeros_like(random_loss)
-        grid = torch.zeros_like(random_loss)
-        if grid_weight:
-            grid = grid_loss(layers, config, candidates)
-        (random_loss + idm_weight * idm + grid_weight * grid).backward()
-
-        row = {"loss_random": random_loss, "idm": idm, "accuracy_random": accuracy(student, y)}
-        for key, value in row.items():
-            losses[key] = losses.get(key, 0) + value.detach() / len(configs)
-    return losses
+    with OneShotStep(supernet) as step:
+        return step.gradients(x, y, candidates, configs, **options)
 
 
 def idm_gradient_share(

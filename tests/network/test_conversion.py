@@ -425,8 +425,9 @@ def test_shared_weights_count_once_per_bit_width():
     # Equal bits mean equal quantized weights, also once the steps are trained.
     one, other = net.layers["1"], net.layers["3"]
     with torch.no_grad():
-        one.weight_quantizer.steps["2"].mul_(1.5)
-    quantized = [layer.weight_quantizer(layer.op.weight, 2) for layer in (one, other)]
+        one.weight_quantizer.steps[0].mul_(1.5)
+    two = one.weight_quantizer.position(2)
+    quantized = [layer.weight_quantizer(layer.op.weight, two) for layer in (one, other)]
     assert torch.equal(*quantized)
     assert bitops(net.table, net.uniform(2)) == sum(
         i.macs * b.weight * b.act for i in net.table for b in [net.uniform(2)[i.name]]

@@ -23,11 +23,11 @@ from mpqlib.training.evaluation import evaluate, recalibrate
 def unlike_its_start(supernet):
     """Changes every tensor and every sign, so that a value that is not restored shows."""
     with torch.no_grad():
-        for tensor in [*supernet.parameters(), *supernet.buffers()]:
+        for tensor in supernet.state_dict().values():
             if tensor.is_floating_point():
                 tensor.mul_(1.1).add_(0.01)
     layer = next(iter(supernet.layers.values()))
-    layer.weight_quantizer.signed = not layer.weight_quantizer.signed
+    layer.weight_quantizer.set_extra_state(torch.tensor(not layer.weight_quantizer.signed))
     return supernet
 
 

@@ -21,9 +21,9 @@ def test_measure_recalibrates_unless_told_not_to(supernet):
     part = images(32)
     splits = data.Splits(part, part, images(20, 1), images(24, 2), ("a", "b", "c"))
     config = supernet.uniform(3)
-    before = supernet.state_dict()["model.stem.0.bank.w8a8.running_mean"].clone()
+    before = supernet.state_dict()["model.stem.0.bank.running_mean"].clone()
     without = runs.measure(supernet, config, splits, images=None)
-    key = "model.stem.0.bank.w8a8.running_mean"
+    key = "model.stem.0.bank.running_mean"
     assert torch.equal(before, supernet.state_dict()[key])
     found = runs.measure(supernet, config, splits)
     assert not torch.equal(before, supernet.state_dict()[key])

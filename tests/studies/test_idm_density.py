@@ -113,8 +113,11 @@ def test_outputs_alone_quantizes_one_layer_of_the_float_network(supernet, datase
     handle = layer.register_forward_pre_hook(lambda module, args: read.update(x=args[0].clone()))
     found = idm_density.outputs_alone(supernet, x, 2)
     handle.remove()
+    two = layer.weight_quantizer.position(2)
     quantized = nn.functional.conv2d(
-        layer.act_quantizer(read["x"], 2), layer.weight_quantizer(layer.op.weight, 2), layer.op.bias
+        layer.act_quantizer(read["x"], two),
+        layer.weight_quantizer(layer.op.weight, two),
+        layer.op.bias,
     )  # no norm follows this one
     assert torch.allclose(found["pointwise"], quantized.flatten(), atol=1e-6)
     by_channel = found["depthwise"].view(len(x), 8, -1).transpose(0, 1).flatten(1)

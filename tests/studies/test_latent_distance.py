@@ -33,7 +33,8 @@ def test_grid_points_are_those_of_the_quantizer(supernet, bits):
         if bits in layer.weight_quantizer.bits:
             points = latent_distance.grid_points(layer, bits)
             assert points.dtype == torch.int8 and points.shape == layer.op.weight.shape
-            used = layer.weight_quantizer(layer.op.weight, bits)
+            quantizer = layer.weight_quantizer
+            used = quantizer(layer.op.weight, quantizer.position(bits))
             assert torch.equal(points * layer.weight_quantizer.step(bits), used)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpqlib.network.bits import BitConfig, Bits, Candidates, sample
 from mpqlib.network.layers import QuantLinear
 from mpqlib.network.supernet import Supernet
-from mpqlib.training.distortion import captured, distortions, grid_loss, idm_loss, lowest_layers
+from mpqlib.training.distortion import Distortions, grid_loss, lowest_layers
 
 CANDIDATES = {
     "full": Candidates((2, 3, 4), (2, 3, 4)),
@@ -80,39 +80,51 @@ def by_hand(net: Supernet, x: Tensor, config: BitConfig | None) -> dict[str, Ten
     return outputs
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-def test_outputs_after_the_norm_are_captured_whatever_is_written_over_them(block, quantized):
+@pytest.fixture(params=[False, True], ids=["", "static"])
+def distortions(block, request) -> Distortions:
+    net, _ = block
+    found = Distortions(net.layers, static=request.param)
+    yield found
+    found.remove()
+
+
+def kept(distortions: Distortions) -> dict[str, list[Tensor]]:
+    """The targets of each layer that has some."""
+    return {name: hook.targets for name, hook in distortions.hooks.items() if hook.targets}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_targets_are_the_outputs_after_the_norm(block, distortions, quantized):
     net, x = block
     config = sample(net.candidates, torch.Generator().manual_seed(0)) if quantized else None
-    with captured(net.layers, ["conv1", "conv2"]) as outputs:
+    with distortions.keep(["conv1", "conv2"]):
         net(x, config)
     expected = by_hand(net, x, config)
-    assert set(outputs) == set(expected)
-    for name, calls in outputs.items():
-        (output,) = calls
-        torch.testing.assert_close(output, expected[name])
+    for name, output in expected.items():
+        (target,) = kept(distortions)[name]
+        assert not target.requires_grad
+        torch.testing.assert_close(target, output)
 
 
-def test_only_named_layers_are_captured(block):
+def test_only_the_named_layers_are_read_unless_the_passes_are_static(block, distortions):
     net, x = block
-    with captured(net.layers, ["conv2"]) as outputs:
+    with distortions.keep(["conv2"]):
         net(x)
-    assert set(outputs) == {"conv2"}
-    with captured(net.layers, []) as outputs:
-        net(x)
-    assert outputs == {}
+    assert set(kept(distortions)) == (set(net.layers) if distortions.static else {"conv2"})
+    with distortions.keep([]):
+        pass
+    assert not kept(distortions)
 
 
-def test_reading_changes_neither_output_nor_gradients(block):
+def test_reading_changes_neither_output_nor_gradients(block, distortions):
     net, x = block
-    config = net.uniform(2)
-    with captured(net.layers, net.layers) as targets:
+    with distortions.keep(net.layers):
         net(x, net.uniform(4))
     results = []
-    for reader in (nullcontext(), captured(net.layers, net.layers), mended(net, targets)):
+    for reader in (nullcontext(), distortions.keep(net.layers), distortions.compare(net.layers)):
         net.zero_grad()
         with reader:
-            y = net(x, config)
+            y = net(x, net.uniform(2))
         y.square().sum().backward()
         gradients = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
         results.append({"y": y.detach()} | gradients)
@@ -121,55 +133,40 @@ def test_reading_changes_neither_output_nor_gradients(block):
         assert all(torch.equal(results[0][key], other[key]) for key in other)
 
 
-def mended(net: Supernet, targets: dict[str, list[Tensor]]):
-    return distortions(net.layers, targets, targets)
+def hooks_left(net: Supernet) -> int:
+    return sum(len(module._forward_hooks) for module in net.modules())
 
 
-def no_hook_left(net: Supernet) -> bool:
-    return not any(module._forward_hooks for module in net.modules())
-
-
-def test_hooks_live_as_long_as_the_block(block):
+def test_hooks_live_as_long_as_the_block_or_if_static_until_they_are_removed(block, distortions):
     net, x = block
-    with captured(net.layers, ["conv1"]) as outputs:
-        net(x)
-        assert not no_hook_left(net)
-    (first,) = outputs["conv1"]
-    before = first.clone()
-    net(2 * x)
-    assert no_hook_left(net)
-    assert len(outputs["conv1"]) == 1 and torch.equal(first, before)
-
-
-def test_hooks_are_gone_after_an_exception(block):
-    net, x = block
-    with pytest.raises(ZeroDivisionError), captured(net.layers, ["conv1", "conv2"]):
-        net(x)
+    layers = len(net.layers)
+    with pytest.raises(ZeroDivisionError), distortions.keep(["conv1"]):
+        assert hooks_left(net) == (layers if distortions.static else 1)
         raise ZeroDivisionError
-    assert no_hook_left(net)
+    assert hooks_left(net) == (layers if distortions.static else 0)
+    net(x)
+    assert not kept(distortions)
+    distortions.remove()
+    assert hooks_left(net) == 0
 
 
 def test_an_unknown_layer_leaves_no_hook(block):
     net, _ = block
-    with pytest.raises(KeyError), captured(net.layers, ["conv1", "conv9"]):
+    with pytest.raises(KeyError), Distortions(net.layers).keep(["conv1", "conv9"]):
         pass
-    assert no_hook_left(net)
+    assert hooks_left(net) == 0
 
 
-def test_captured_outputs_are_of_no_graph(block):
-    net, x = block
-    with captured(net.layers, ["conv1"]) as outputs:
-        net(x, net.uniform(2))
-    assert not outputs["conv1"][0].requires_grad
-
-
-def test_distortion_is_the_difference_to_the_targets(block):
+def test_loss_is_the_mean_square_of_the_difference_to_the_targets(block, distortions):
     net, x = block
     low, high = (by_hand(net, x, net.uniform(bits)) for bits in (2, 4))
-    with distortions(net.layers, ["conv2"], {"conv2": [high["conv2"]]}) as distorted:
+    with distortions.keep(net.layers):
+        net(x, net.uniform(4))
+    with distortions.compare(["conv1", "conv2"]):
         net(x, net.uniform(2))
-    assert set(distorted) == {"conv2"}
-    torch.testing.assert_close(distorted["conv2"], [low["conv2"] - high["conv2"]])
+    squares = {name: (low[name] - high[name]).square().mean() for name in ("conv1", "conv2")}
+    torch.testing.assert_close(distortions.loss(["conv2"]), squares["conv2"])
+    torch.testing.assert_close(distortions.loss(squares), sum(squares.values()))
 
 
 class TwoScales(nn.Module):
@@ -198,29 +195,31 @@ def test_each_call_is_compared_with_the_same_call_at_the_largest_bits():
         hook.remove()
         seen[bits] = outputs
     assert [y.shape[-1] for y in seen[2]] == [6, 3]
-    with captured(net.layers, ["head"]) as targets:
+    distortions = Distortions(net.layers)
+    with distortions.keep(["head"]):
         net(x, net.uniform(4))
-    with distortions(net.layers, ["head"], targets) as distorted:
+    with distortions.compare(["head"]):
         net(x, net.uniform(2))
-    expected = [low - high for low, high in zip(seen[2], seen[4], strict=True)]
-    torch.testing.assert_close(distorted["head"], expected)
-    idm_loss(distorted).backward()
+    differences = [low - high for low, high in zip(seen[2], seen[4], strict=True)]
+    loss = distortions.loss(["head"])
+    assert loss.item() == pytest.approx(naive_idm({"head": differences}), rel=1e-12)
+    loss.backward()
     assert bool(net.layers["stem"].op.weight.grad.any())
 
 
-def test_loss_on_distortions_trains_the_layer_below(block):
+def test_loss_on_distortions_trains_the_layer_below(block, distortions):
     net, x = block
-    with captured(net.layers, ["conv1"]) as targets:
+    with distortions.keep(["conv1"]):
         net(x, net.uniform(4))
-    with distortions(net.layers, ["conv1"], targets) as distorted:
+    with distortions.compare(["conv1"]):
         net(x, net.uniform(2))
     net.zero_grad()
-    idm_loss(distorted).backward()
+    distortions.loss(["conv1"]).backward()
     first, second = net.layers["conv1"], net.layers["conv2"]
     assert bool(first.op.weight.grad.any()) and second.op.weight.grad is None
     # Through the 2-bit pass alone: the 4-bit outputs are targets.
-    assert first.weight_quantizer.steps["2"].grad is not None
-    assert first.weight_quantizer.steps["4"].grad is None
+    two, *others = first.weight_quantizer.steps.grad.tolist()
+    assert two != 0 and not any(others)
 
 
 def naive_idm(distorted: dict[str, list[Tensor]]) -> float:
@@ -250,7 +249,21 @@ def test_idm_loss_is_the_sum_of_mean_squared_errors(shapes_of, seed):
         ]
         for name, shapes in shapes_of.items()
     }
-    loss = idm_loss(distorted)
+    layers = {name: nn.Identity() for name in shapes_of}
+    targets = {
+        name: [torch.randn(d.shape, generator=generator).double() for d in calls]
+        for name, calls in distorted.items()
+    }
+    distortions = Distortions(layers)
+    with distortions.keep(layers):
+        for name, calls in targets.items():
+            for target in calls:
+                layers[name](target)
+    with distortions.compare(layers):
+        for name, calls in distorted.items():
+            for d, target in zip(calls, targets[name], strict=True):
+                layers[name](target + d)
+    loss = distortions.loss(layers)
     assert loss.item() == pytest.approx(naive_idm(distorted), rel=1e-12)
     loss.backward()
     for outputs in distorted.values():
@@ -260,15 +273,19 @@ def test_idm_loss_is_the_sum_of_mean_squared_errors(shapes_of, seed):
 
 
 def test_without_distortion_neither_loss_nor_gradient():
-    d = torch.zeros(2, 3, requires_grad=True)
-    loss = idm_loss({"a": [d]})
+    layer, d = nn.Identity(), torch.zeros(2, 3, requires_grad=True)
+    distortions = Distortions({"a": layer})
+    for reader in (distortions.keep("a"), distortions.compare("a")):
+        with reader:
+            layer(d)
+    loss = distortions.loss("a")
     loss.backward()
     assert loss.item() == 0 and not d.grad.any()
 
 
 def test_idm_needs_a_layer():
     with pytest.raises(ValueError, match="at least one"):
-        idm_loss({})
+        Distortions({}).loss([])
 
 
 def grid_layer(weights: Tensor, steps: dict[int, float]) -> QuantLinear:
@@ -276,8 +293,7 @@ def grid_layer(weights: Tensor, steps: dict[int, float]) -> QuantLinear:
     op = nn.Linear(*reversed(weights.shape)).double()
     op.weight.data = weights.clone()
     layer = QuantLinear(op, weights, Candidates(tuple(steps), (8,)))
-    for bits, step in steps.items():
-        layer.weight_quantizer.steps[str(bits)].data.fill_(step)
+    layer.weight_quantizer.steps.data = torch.tensor(list(steps.values()), dtype=torch.float64)
     return layer
 
 
@@ -310,7 +326,7 @@ def test_grid_loss_counts_weights_whose_point_the_smallest_grid_shares(bits, sma
     loss.backward()
     assert 0 < int((gradient != 0).sum()) < weights.numel()
     torch.testing.assert_close(layer.op.weight.grad, gradient)
-    assert all(step.grad is None for step in layer.weight_quantizer.steps.values())
+    assert layer.weight_quantizer.steps.grad is None
 
 
 def test_grid_loss_adds_up_over_layers_with_a_choice():

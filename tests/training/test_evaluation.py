@@ -11,11 +11,10 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
 from mpqlib.training.evaluation import (
+    batch_norms,
     batch_statistics,
     decoded,
     evaluate,
-    norms_at,
-    outside_norms,
     recalibrate,
     select_device,
     select_dtype,
@@ -196,14 +195,18 @@ def test_recalibration_measures_the_norms_of_one_configuration_only(supernet, n,
     recalibrate(supernet, data, config, images=n, batch_size=size)
     after = statistics(supernet)
     changed = {key.rsplit(".", 1)[0] for key in after if not torch.equal(after[key], before[key])}
-    assert changed == {"model.stem.0.bank.w8a8", "model.depthwise.bank.w3a3"}
+    assert changed == {"model.stem.0.bank", "model.depthwise.bank"}
+    key = "model.depthwise.bank.running_mean"
+    own = supernet.layers["depthwise"].row(config["depthwise"])
+    rows = range(len(after[key]))
+    assert [row for row in rows if not torch.equal(after[key][row], before[key][row])] == [own]
 
     stem = supernet.layers["stem.0"]  # its input is float
     mean, var = naive_statistics(stem, data.tensors[0], 8, sizes)
-    norm = stem.bank["w8a8"]
-    torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-4, atol=1e-5)
-    assert norm.momentum == 0.1 and not norm.training
+    bank = stem.bank
+    torch.testing.assert_close(bank.running_mean[0].double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bank.running_var[0].double(), var, rtol=1e-4, atol=1e-5)
+    assert stem.norm.momentum == 0.1 and not stem.norm.training
 
 
 @pytest.mark.parametrize(("n", "size"), [(2, 1), (3, 1), (5, 2), (9, 8), (129, 128)])
@@ -213,7 +216,7 @@ def test_no_batch_of_a_single_image_at_1x1_resolution(n, size):
     supernet = Supernet(network, x, (2, 4))
     data = TensorDataset(x, torch.zeros(n, dtype=torch.long))
     recalibrate(supernet, data, supernet.uniform(2), batch_size=size)
-    assert supernet.layers["0"].bank["w8a8"].running_var.min() > 0
+    assert supernet.layers["0"].bank.running_var.min() > 0
 
 
 def test_recalibration_reads_no_more_images_than_it_may(supernet):
@@ -334,7 +337,7 @@ def test_a_norm_behind_other_bits_is_refused_too(dataset):
     recalibrate(supernet, dataset, low)
     recalibrate(supernet, dataset, stem_at_2)  # "depthwise" runs at 3 bits in both
     with pytest.raises(
-        ValueError, match=r"1 of 2 batch norms, such as 'model.depthwise.bank.w3a3'"
+        ValueError, match=r"1 of 2 batch norms, such as 'model.depthwise.bank \(w3a3\)'"
     ):
         evaluate(supernet, dataset, low)
 
@@ -374,7 +377,7 @@ def test_float_mode_needs_recalibration_after_one_shot_training(kind, supernet, 
     recalibrate(supernet, dataset, None)
     assert evaluate(supernet, dataset).loss == found.loss
     x, y = dataset.tensors
-    for norm in norms_at(supernet, None) + outside_norms(supernet):
+    for norm in batch_norms(supernet):
         norm.train().momentum = None
         norm.reset_running_stats()
     with torch.no_grad():  # the reference: one batch of all images
@@ -404,15 +407,14 @@ def test_batch_statistics_are_used_and_leave_no_trace(supernet, dataset):
     x, config = dataset.tensors[0], supernet.uniform(4)
     supernet.eval()
     before, running = statistics(supernet), supernet(x, config)
-    norms = norms_at(supernet, config) + outside_norms(supernet)
+    norms = batch_norms(supernet)
     with batch_statistics(norms):
         own = supernet(x, config)
     assert torch.equal(supernet(x, config), running) and not torch.equal(own, running)
     assert all(torch.equal(before[k], v) for k, v in statistics(supernet).items())
     # Normalised by its own batch, the network does not see a change of scale behind a norm.
     with torch.no_grad():
-        for norm in supernet.layers["stem.0"].bank.values():
-            norm.running_mean += 5
+        supernet.layers["stem.0"].bank.running_mean += 5
     with batch_statistics(norms):
         assert torch.equal(supernet(x, config), own)
 

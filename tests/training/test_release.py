@@ -29,8 +29,7 @@ def layer(i: int, weight: np.ndarray) -> QuantLinear:
     op = nn.Conv2d(per_group, out, kernel, bias=False).double()
     op.weight.data = torch.tensor(weight)
     own = QuantLinear(op, torch.zeros(1), Candidates(tuple(FULL[i]), (8,)))
-    for bits, step in STEPS[i].items():
-        own.weight_quantizer.steps[str(bits)].data.fill_(step)
+    own.weight_quantizer.steps.data = torch.tensor(list(STEPS[i].values()), dtype=torch.float64)
     return own
 
 
