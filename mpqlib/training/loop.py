@@ -438,11 +438,13 @@ def train_epoch(
     epoch, (rank, world) = run.epoch, rank_and_size()
     done = run.step % run.steps
     started = time.perf_counter() - epoch.seconds
+    stored = isinstance(dataset, InMemory)  # on the device: nothing to load or to copy
     batches = DataLoader(
         Batches(dataset, epoch, run.config.batch_size),
         batch_size=None,  # they are batches already
         sampler=range(done, run.steps),
-        num_workers=workers,
+        num_workers=0 if stored else workers,
+        pin_memory=device.type == "cuda" and not stored,  # so that copies wait for nothing
     )
     with torch.random.fork_rng():
         for x, y in tqdm(batches, title, total=run.steps, initial=done, leave=False):
@@ -450,8 +452,9 @@ def train_epoch(
                 epoch.row["decisions"].append(decision)
             # Dropout, too, depends on the epoch and the step alone.
             torch.manual_seed(epoch.seed - 1 - (run.step % run.steps * world + rank))
-            x = x.to(device, memory_format=torch.channels_last)
-            for key, value in update(run, x, y.to(device)).items():
+            x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
+            y = y.to(device, non_blocking=True)
+            for key, value in update(run, x, y).items():
                 epoch.sums[key] = epoch.sums.get(key, 0) + value
             epoch.seconds = time.perf_counter() - started
             after_step()
@@ -473,6 +476,7 @@ def train(
     """Trains a float model, or a Supernet one-shot; returns its averaged copy and its history.
 
     `dataset`: items (image (C, H, W), label); augmentation must draw from torch's global generator.
+    Images in memory (`data.InMemory`) are moved to the device once, and need no workers.
     `checkpoint`: a file that is written after each epoch, and within an epoch when
     `checkpoint_minutes` have passed since the last time. If the file exists, training resumes from
     it and gives the same numbers, bit for bit (CPU), as without interruption. Other initial weights
@@ -496,6 +500,8 @@ def train(
     device = select_device(device)
     model = move_channels_last(model, device).train()
     model.zero_grad()  # a gradient from before would count in the first step
+    if isinstance(dataset, InMemory):
+        dataset = dataset.to(device)
     run = Run.start(config, model, len(dataset), about)
     saved = Checkpoint(run, checkpoint, checkpoint_minutes)
 
