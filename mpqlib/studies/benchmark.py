@@ -2,7 +2,6 @@
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
@@ -22,16 +21,8 @@ from ..network.quantizer import compile_quantizers, lsq
 from ..network.supernet import Supernet
 from ..training.evaluation import recalibrate
 from ..training.loop import Run, TrainConfig, update
+from ..training.precision import seconds
 from ..training.scheduler import turbulence
-
-
-def seconds(task: Callable[[], object]) -> float:
-    """Wall time of one call of `task`, in s, an accelerator's work included."""
-    start = time.perf_counter()
-    task()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
 
 
 def ratios(task: Callable[[], object], base: Callable[[], object], repeats: int) -> list[float]:

@@ -1,9 +1,10 @@
 """One-shot training: one loop for the float network and for the supernet."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ..data import InMemory
 from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet
-from .evaluation import move_channels_last, select_device, select_dtype
+from .evaluation import move_channels_last, select_device
 from .optimization import (
     average_gradients,
     average_weights,
@@ -36,6 +37,7 @@ from .optimization import (
     step_sizes,
     step_travel,
 )
+from .precision import check_dtype, faster_dtype
 from .scheduler import cosine, freeze, freeze_share, is_decision, turbulence
 from .step import float_gradients, one_shot_gradients
 
@@ -91,7 +93,9 @@ class TrainConfig:
     idm_weight: float = 0.01
     grid_weight: float = 0.1  # final weight of the quantization-error term, 0 for none
     grid_start: int = 40  # part after which that weight grows by a cosine
-    dtype: str = "float32"  # of convolutions and linear layers: float32, bfloat16 or auto
+    # Of convolutions and linear layers: float32, bfloat16, or auto, which measures a few steps in
+    # both and keeps the faster. A resumed run keeps it too, but a new one may measure otherwise.
+    dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
@@ -108,7 +112,7 @@ class TrainConfig:
 def _checked(name: str, value: object, kind: type) -> bool | int | float | str:
     """The value of a setting as a `kind`; raises ValueError if it is not allowed."""
     if kind is str:
-        select_dtype(value, "cpu")  # raises
+        check_dtype(value)
         return str(value)
     truth = isinstance(value, (bool, np.bool_))
     if kind is bool:
@@ -190,6 +194,7 @@ class Run:
     candidates: dict[str, Candidates]
     first_step_sizes: Tensor  # of the quantizers before the first step
     history: list[dict]  # one row for each finished epoch
+    dtype: str  # float32 or bfloat16; auto until the first step
     step: int = 0  # steps taken, over all epochs
     epoch: Epoch | None = None  # the unfinished one
 
@@ -231,6 +236,7 @@ class Run:
             candidates=model.candidates if isinstance(model, Supernet) else {},
             first_step_sizes=step_sizes(model),
             history=[],
+            dtype=c.dtype,
         )
 
     @property
@@ -263,7 +269,8 @@ class Run:
         if isinstance(self.model, Supernet):
             moved = step_sizes(self.model) / self.first_step_sizes - 1
             means["steps_moved"] = float(moved.abs().mean())
-        self.history.append(self.epoch.row | means | {"seconds": self.epoch.seconds})
+        about = {"seconds": self.epoch.seconds, "dtype": self.dtype}
+        self.history.append(self.epoch.row | means | about)
         self.epoch = None
 
     def choose_candidates(self) -> dict | None:
@@ -303,9 +310,20 @@ class Run:
         paths = range(self.config.random_paths)
         return [largest(self.candidates), *(sample(self.candidates, self.generator) for _ in paths)]
 
+    def choose_dtype(self, x: Tensor, y: Tensor, configs: Sequence[BitConfig]) -> None:
+        """Chooses the faster type for one step's gradients, measured on a copy of the model."""
+        twin = replace(self, model=copy.deepcopy(self.model))
+
+        def step(name: str) -> None:
+            twin.dtype = name
+            twin.gradients(x, y, configs)
+
+        with torch.random.fork_rng():  # dropout
+            self.dtype = faster_dtype(step, x.device)
+
     def gradients(self, x: Tensor, y: Tensor, configs: Sequence[BitConfig]) -> dict[str, Tensor]:
         """Adds up one step's gradients at `configs`; returns its losses and accuracies."""
-        c, dtype = self.config, select_dtype(self.config.dtype, x.device)
+        c, dtype = self.config, getattr(torch, self.dtype)
         if not isinstance(self.model, Supernet):
             return float_gradients(self.model, x, y, c.label_smoothing, dtype)
         late = (self.part - c.grid_start) / max(c.schedule_parts - c.grid_start, 1)
@@ -347,6 +365,7 @@ class Run:
             "candidates": {name: tuple(c) for name, c in self.candidates.items()},
             "first_step_sizes": self.first_step_sizes,
             "history": self.history,
+            "dtype": self.dtype,
             "step": self.step,
             "epoch": self.epoch and vars(self.epoch),
         }
@@ -370,7 +389,7 @@ class Run:
         self.generator.set_state(state["generator"])
         self.candidates = {name: Candidates(*c) for name, c in state["candidates"].items()}
         self.first_step_sizes = state["first_step_sizes"].to(self.first_step_sizes.device)
-        self.history, self.step = state["history"], state["step"]
+        self.history, self.step, self.dtype = state["history"], state["step"], state["dtype"]
         self.epoch = state["epoch"] and Epoch(**state["epoch"])
 
 
@@ -410,6 +429,8 @@ def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     Raises FloatingPointError, before the weights move, if a loss or a gradient is not finite.
     """
     configs = run.draw_configs()
+    if run.dtype == "auto":
+        run.choose_dtype(x, y, configs)
     losses = run.gradients(x, y, configs)
     average_gradients(run.model)
     check_gradients(run.model, losses, run.when())
@@ -487,9 +508,9 @@ def train(
     after every step.
 
     The history has one dict for each epoch: `epoch` (from 1), mean losses and accuracies,
-    `seconds`, and for a Supernet `decisions`, a list with a dict for each decision of the
-    scheduler: the `step` (from 0), the `turbulence` of layers and the `frozen` ones; and
-    `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
+    `seconds`, the `dtype` of the run, and for a Supernet `decisions`, a list with a dict for each
+    decision of the scheduler: the `step` (from 0), the `turbulence` of layers and the `frozen`
+    ones; and `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
 
     Raises ValueError for a checkpoint that is damaged, was written under other settings, does not
     fit the model or cannot be written, for fewer images than one batch, for outputs that are no
