@@ -190,13 +190,15 @@ class Splits:
 
     def to(self, device: str | torch.device) -> "Splits":
         """The same splits, with those in memory on `device`. The others are read from files."""
-        parts = {name: part for name, part in vars(self).items() if isinstance(part, InMemory)}
-        moved = {name: part.to(device) for name, part in parts.items() if name != "calibration"}
-        if "calibration" in parts:
-            shared = parts["calibration"].images is parts["train"].images
-            source = moved["train"].without_augmentation() if shared else parts["calibration"]
-            moved["calibration"] = source.to(device)  # moves nothing twice
-        return replace(self, **moved)
+        stored = {name: part for name, part in vars(self).items() if isinstance(part, InMemory)}
+        # Splits can share tensors: each is moved once.
+        tensors = {tensor for part in stored.values() for tensor in (part.images, part.labels)}
+        moved = {tensor: tensor.to(device) for tensor in tensors}
+        parts = {
+            name: replace(part, images=moved[part.images], labels=moved[part.labels])
+            for name, part in stored.items()
+        }
+        return replace(self, **parts)
 
 
 def read_image(path: str | Path) -> Image.Image:
