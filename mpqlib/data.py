@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from urllib.error import URLError
@@ -81,9 +82,9 @@ class Images(Dataset):
         return self.transform(self.source.images[index][0]), int(self.source.labels[index])
 
     @property
-    def labels(self) -> np.ndarray:
-        """Labels (N,) in the order of the items. Reads no image."""
-        return self.source.labels[self.indices]
+    def labels(self) -> Tensor:
+        """Labels (N,), int64, in the order of the items. Reads no image."""
+        return torch.as_tensor(self.source.labels[self.indices]).long()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -93,6 +94,7 @@ class InMemory(Dataset):
     Items are (float tensor (3, H, W), int label), as those of `Images`; a slice gives a batch.
     `padding`: pixels of black around an image, out of which a crop of its own size is taken at
     random; 0 takes the image itself. `flip`: mirror half of the images.
+    Raises TypeError or ValueError for a value that is not allowed.
     """
 
     images: Tensor  # (N, 3, H, W), uint8, or float from 0 to 1
@@ -109,12 +111,15 @@ class InMemory(Dataset):
                 f"images of shape {shape} and type {kind} are not allowed: (N, 3, H, W) in uint8 or"
                 " a float type"
             )
-        if self.labels.shape != shape[:1] or self.labels.device != self.images.device:
+        labels, device = self.labels, self.images.device
+        if (labels.shape, labels.dtype, labels.device) != (shape[:1], torch.int64, device):
             raise ValueError(
-                f"labels of shape {tuple(self.labels.shape)} on {self.labels.device} do not fit: "
-                f"one for each of {shape[0]} images, on {self.images.device}"
+                f"labels of shape {tuple(labels.shape)} and type {labels.dtype} on {labels.device} "
+                f"do not fit: one torch.int64 for each of {shape[0]} images, on {device}"
             )
+        _check_normalisation(self.mean, self.std)
         _check("padding", self.padding, Integral, "a whole number from 0", lambda v: v >= 0)
+        _check("flip", self.flip, bool, "True or False")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -124,9 +129,14 @@ class InMemory(Dataset):
 
         Random numbers come from torch's global generator of the CPU, so that all devices get the
         same augmentation. Computes on the device of the images.
+        Raises IndexError for an index outside the images.
         """
-        chosen = torch.as_tensor(list(indices)).long().to(self.images.device)
-        x = self.images[chosen]
+        chosen = torch.as_tensor(list(indices)).long()
+        outside = chosen[(chosen < -len(self)) | (chosen >= len(self))].tolist()
+        if outside:  # a GPU would stop with an error that names nothing
+            raise IndexError(f"no images {reprlib.repr(outside)}: there are {len(self)}")
+        chosen = chosen.remainder(len(self)).to(self.images.device)  # -1: the last image
+        x = self.images.index_select(0, chosen)
         if self.padding:
             x = _random_crops(x, self.padding)
         if self.flip:
@@ -147,16 +157,22 @@ class InMemory(Dataset):
         x, y = self.batch(indices)
         return list(zip(x, y, strict=True))
 
+    def without_augmentation(self) -> "InMemory":
+        """The same tensors without random crops and flips."""
+        return replace(self, padding=0, flip=False)
+
+    def to(self, device: str | torch.device) -> "InMemory":
+        """The images and labels on `device`."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
 
 def _random_crops(x: Tensor, padding: int) -> Tensor:
     """Crops each image of `x` (N, C, H, W) at its own place in its padded copy."""
     count, _, height, width = x.shape
-    top, left = torch.randint(2 * padding + 1, (2, count, 1)).to(x.device)
-    rows = top + torch.arange(height, device=x.device)  # (N, H)
-    columns = left + torch.arange(width, device=x.device)  # (N, W)
-    image = torch.arange(count, device=x.device)[:, None, None]
-    padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)  # (N, H, W, C)
-    return padded[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    top, left = torch.randint(2 * padding + 1, (2, count)).to(x.device)
+    padded = F.pad(x, [padding] * 4)
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, top, left, H, W), a view
+    return crops[torch.arange(count, device=x.device), :, top, left].contiguous()
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,18 @@ class Splits:
     search: Dataset  # for scoring bit-width configurations, never trained on
     test: Dataset
     classes: tuple[str, ...]
+
+    def to(self, device: str | torch.device) -> "Splits":
+        """The same splits, with those in memory on `device`. The others are read from files."""
+        stored = {name: part for name, part in vars(self).items() if isinstance(part, InMemory)}
+        # Splits can share tensors: each is moved once.
+        tensors = {tensor for part in stored.values() for tensor in (part.images, part.labels)}
+        moved = {tensor: tensor.to(device) for tensor in tensors}
+        parts = {
+            name: replace(part, images=moved[part.images], labels=moved[part.labels])
+            for name, part in stored.items()
+        }
+        return replace(self, **parts)
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -447,6 +475,16 @@ def _check(name: str, value, kind, allowed: str, holds: Callable[..., bool] = la
         raise ValueError(message)
 
 
+def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise TypeError or ValueError unless both are three finite numbers, `std` above 0."""
+    three = "a tuple or list of three numbers, all finite"
+    for name, channels in dict(mean=mean, std=std).items():
+        _check(name, channels, (tuple, list), three, lambda v: len(v) == 3)
+        for value in channels:
+            _check(name, value, Real, three, isfinite)
+    _check("std", std, (tuple, list), f"{three} and above 0", lambda v: min(v) > 0)
+
+
 def transforms(
     spec: Spec,
     image_size: int = 64,
@@ -458,33 +496,31 @@ def transforms(
     """For training and for evaluation: PIL image -> normalised (3, image_size, image_size).
 
     Evaluation resizes the shorter side to image_size / crop_pct pixels and crops the centre.
-    `crop_pct`: None takes 0.875 for photographs and 1 for other data sets.
+    `crop_pct`: None takes 0.875 for photographs and 1 for other data sets. Where it is 1, small
+    images are shown whole, as in training: those that are not square are squeezed.
     Raises TypeError or ValueError for a value that is not allowed.
     """
     crop_pct = (0.875 if spec.photographs else 1.0) if crop_pct is None else crop_pct
-    three = "a tuple or list of three numbers"
     _check("image_size", image_size, Integral, "a whole number of pixels from 1", lambda v: v >= 1)
-    for name, channels in dict(mean=mean, std=std).items():
-        _check(name, channels, (tuple, list), three, lambda v: len(v) == 3)
-        for value in channels:
-            _check(name, value, Real, three)
-    _check("std", std, (tuple, list), f"{three} above 0", lambda v: min(v) > 0)
+    _check_normalisation(mean, std)
     _check("crop_pct", crop_pct, Real, "above 0, at most 1", lambda v: 0 < v <= 1)
     modes = [mode.value for mode in v2.InterpolationMode]
     _check("interpolation", interpolation, str, f"one of {modes}", lambda v: v in modes)
     image_size, mode = int(image_size), v2.InterpolationMode(interpolation)
+    whole = [v2.Resize((image_size, image_size), mode)]
     if spec.photographs:
         augment = [v2.RandomResizedCrop(image_size, interpolation=mode)]
     else:
         padding = image_size // 8  # the usual 4 pixels for CIFAR's 32
-        augment = [v2.Resize((image_size, image_size), mode), v2.RandomCrop(image_size, padding)]
+        augment = [*whole, v2.RandomCrop(image_size, padding)]
     if spec.flip:
         augment.append(v2.RandomHorizontalFlip())
     # Rounded down as timm does. The small addend keeps torchvision's ratios (224 / 232) exact.
     shorter = int(image_size / crop_pct + 1e-6)
     centre = [v2.Resize(shorter, mode), v2.CenterCrop(image_size)]
+    shown = centre if spec.photographs or crop_pct < 1 else whole
     scale = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    return v2.Compose([v2.RGB(), *augment, *scale]), v2.Compose([v2.RGB(), *centre, *scale])
+    return v2.Compose([v2.RGB(), *augment, *scale]), v2.Compose([v2.RGB(), *shown, *scale])
 
 
 def _stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -532,6 +568,7 @@ def load(
     seed: int = 0,
     download: bool = False,
     train_images: int | None = None,
+    memory_gb: float = 2.0,
     **view,
 ) -> Splits:
     """Split the data set `name`, one of DATASETS, stored under `root`.
@@ -545,6 +582,10 @@ def load(
     TEST_SHARE of them are the test images. `seed`: of the split. `download`: fetch missing data.
     `train_images`: train on at most this many. `view`: mean, std, interpolation and crop_pct of
     `transforms`; `models.preprocessing` returns those that a pretrained model expects.
+    `memory_gb`: the splits are `InMemory` if their images fit in so many GB (1e9 bytes): each image
+    is decoded now, once. 0 reads images from their files again and again, as `Images`. So does any
+    value for photographs ("pets", "imagenet", "folder"), because each epoch crops them anew out of
+    their full size.
     Raises TypeError or ValueError for a value that is not allowed or data that do not fit, and
     FileNotFoundError for missing data. Warns of classes without a training image.
     """
@@ -553,6 +594,7 @@ def load(
     _check("search_share", search_share, Real, "between 0 and 1", lambda v: 0 < v < 1)
     _check("seed", seed, Integral, "a whole number from 0", lambda v: v >= 0)
     _check("download", download, bool, "True or False")
+    _check("memory_gb", memory_gb, Real, "a number from 0", lambda v: v >= 0)
     if train_images is not None:
         allowed = "a whole number from 1, or None for all images"
         _check("train_images", train_images, Integral, allowed, lambda v: v >= 1)
@@ -566,43 +608,49 @@ def load(
     train = train[:train_images]
     splits = dict(train=train, search=search, test=test)
     _check_splits(pool, splits, f"search_share={search_share}, train_images={train_images}")
-    return Splits(
+    stored = Splits(
         train=Images(pool, train, augmented),
         calibration=Images(pool, train, plain),
         search=Images(pool, search, plain),
         test=Images(official or pool, test, plain),
         classes=pool.classes,
     )
+    size = 3 * image_size**2 * sum(map(len, splits.values()))  # bytes
+    fits = size <= 1e9 * memory_gb and not DATASETS[name].photographs
+    return _decode(stored, image_size) if fits else stored
 
 
-def _in_memory(dataset: Images, device: torch.device) -> InMemory:
-    """Decode `dataset`, whose transform crops and flips at random at most, onto `device`."""
+def _decode(splits: Splits, size: int) -> Splits:
+    """The splits, images of `size` x `size` pixels, in memory; two of them share their images."""
+    train, search, test = (_in_memory(s, size) for s in (splits.train, splits.search, splits.test))
+    if str(_decoder(splits.train)) == str(_decoder(splits.calibration)):
+        calibration = train.without_augmentation()
+    else:  # crop_pct < 1 shows less of each image
+        calibration = _in_memory(splits.calibration, size)
+    return Splits(train, calibration, search, test, splits.classes)
+
+
+def _decoder(dataset: Images) -> v2.Transform:
+    """What the transform of `dataset` does before augmentation: PIL image -> uint8 (3, H, W)."""
+    later = v2.RandomCrop, v2.RandomHorizontalFlip, v2.ToDtype, v2.Normalize
+    return v2.Compose([s for s in dataset.transform.transforms if not isinstance(s, later)])
+
+
+def _in_memory(dataset: Images, size: int) -> InMemory:
+    """Decode `dataset`, whose transform at most crops out of a padded image and flips at random."""
     stages = {type(stage): stage for stage in dataset.transform.transforms}
-    crop, normalise = stages.get(v2.RandomCrop), stages[v2.Normalize]
-    later = (v2.RandomCrop, v2.RandomHorizontalFlip, v2.ToDtype, v2.Normalize)
-    decode = v2.Compose([s for s in dataset.transform.transforms if not isinstance(s, later)])
-    images = [decode(dataset.source.images[int(i)][0]) for i in dataset.indices]
+    decode, crop, normalise = _decoder(dataset), stages.get(v2.RandomCrop), stages[v2.Normalize]
+    images = torch.empty(len(dataset), 3, size, size, dtype=torch.uint8)
+    for i, index in enumerate(dataset.indices.tolist()):
+        images[i] = decode(dataset.source.images[index][0])
     return InMemory(
-        torch.stack(images).to(device),
-        torch.as_tensor(dataset.labels).long().to(device),
+        images,
+        dataset.labels,
         mean=tuple(normalise.mean),
         std=tuple(normalise.std),
-        padding=crop.padding[0] if crop else 0,
+        padding=crop.padding[0] if crop and crop.padding else 0,
         flip=v2.RandomHorizontalFlip in stages,
     )
-
-
-def load_into_memory(splits: Splits, device: str | torch.device = "cpu") -> Splits:
-    """Decode the images of `splits`, from `load`, once and keep them on `device` as `InMemory`.
-
-    Photographs to train on stay `Images`, because each epoch crops them anew out of their full
-    size. Images on a GPU cannot be read by the worker processes of a loader: use `workers=0`.
-    """
-    device = torch.device(device)
-    parts = {part: getattr(splits, part) for part in ("train", "calibration", "search", "test")}
-    if any(isinstance(stage, v2.RandomResizedCrop) for stage in splits.train.transform.transforms):
-        del parts["train"]
-    return replace(splits, **{part: _in_memory(images, device) for part, images in parts.items()})
 
 
 def imagenet_val(root: str | Path = "data", image_size: int = 224, **view) -> Images:

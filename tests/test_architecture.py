@@ -18,7 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUND = ["files", "data", "models"]  # import no module of mpqlib
 WINGS = {
     "network": ["quantizer", "bits", "layers", "tracing", "observation", "supernet", "cost"],
-    "training": ["scheduler", "distortion", "step", "optimization", "evaluation", "loop"],
+    "training": [
+        "scheduler",
+        "distortion",
+        "speed",
+        "step",
+        "optimization",
+        "evaluation",
+        "loop",
+    ],
     "search": ["error", "limits", "moves", "greedy", "baselines"],
     "report": ["intervals", "tables", "runs", "policy", "paper", "results", "claims", "plots"],
     "studies": [

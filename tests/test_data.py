@@ -53,6 +53,16 @@ def digits():
     return data.load("digits", image_size=24)
 
 
+def read_again(name, *args, **how):
+    """The same splits, but each image is read whenever it is asked for: they have `indices`."""
+    return data.load(name, *args, **how, memory_gb=0)
+
+
+@pytest.fixture(scope="module")
+def read_digits():
+    return read_again("digits", image_size=24)
+
+
 def test_items_are_normalised_images_with_labels(digits):
     for part in (digits.train, digits.calibration, digits.search, digits.test):
         image, label = part[3]
@@ -63,8 +73,8 @@ def test_items_are_normalised_images_with_labels(digits):
     assert torch.allclose(image.amin((1, 2)), black, atol=1e-6)
 
 
-def test_digits_splits_are_disjoint_complete_and_stratified(digits):
-    indices = [getattr(digits, part).indices for part in PARTS]
+def test_digits_splits_are_disjoint_complete_and_stratified(digits, read_digits):
+    indices = [getattr(read_digits, part).indices for part in PARTS]
     assert sorted(np.concatenate(indices)) == list(range(1797))
     assert [len(i) for i in indices] == [1079, 359, 359]
     for part in PARTS:
@@ -73,29 +83,31 @@ def test_digits_splits_are_disjoint_complete_and_stratified(digits):
             assert np.ptp(np.bincount(stretch) / len(stretch)) < 0.05
 
 
-def test_calibration_is_train_without_augmentation(digits):
-    assert np.array_equal(digits.calibration.indices, digits.train.indices)
-    assert torch.equal(digits.calibration[0][0], digits.calibration[0][0])
-    shifted = torch.stack([digits.train[0][0] for _ in range(8)])
-    assert len(shifted.unique(dim=0)) > 1
+def test_calibration_is_train_without_augmentation(digits, read_digits):
+    assert np.array_equal(read_digits.calibration.indices, read_digits.train.indices)
+    for splits in (digits, read_digits):
+        assert torch.equal(splits.calibration.labels, splits.train.labels)
+        assert torch.equal(splits.calibration[0][0], splits.calibration[0][0])
+        shifted = torch.stack([splits.train[0][0] for _ in range(8)])
+        assert len(shifted.unique(dim=0)) > 1
 
 
-def test_seed_decides_the_splits(digits):
-    same, other = data.load("digits", image_size=24), data.load("digits", seed=1)
+def test_seed_decides_the_splits(read_digits):
+    same, other = read_again("digits", image_size=24), read_again("digits", seed=1)
     for part in PARTS:
-        indices = getattr(digits, part).indices
+        indices = getattr(read_digits, part).indices
         assert np.array_equal(indices, getattr(same, part).indices)
         assert not np.array_equal(indices, getattr(other, part).indices)
 
 
-def test_cap_and_share_leave_the_other_splits_alone(digits):
-    capped = data.load("digits", train_images=50)
+def test_cap_and_share_leave_the_other_splits_alone(read_digits):
+    capped = read_again("digits", train_images=50)
     assert len(capped.train) == len(capped.calibration) == 50
     assert set(np.bincount(capped.train.labels)) <= {4, 5, 6}
-    assert np.array_equal(capped.search.indices, digits.search.indices)
-    assert np.array_equal(capped.test.indices, digits.test.indices)
-    shared = data.load("digits", search_share=0.4)
-    assert np.array_equal(shared.test.indices, digits.test.indices)
+    assert np.array_equal(capped.search.indices, read_digits.search.indices)
+    assert np.array_equal(capped.test.indices, read_digits.test.indices)
+    shared = read_again("digits", search_share=0.4)
+    assert np.array_equal(shared.test.indices, read_digits.test.indices)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +123,13 @@ def test_cap_and_share_leave_the_other_splits_alone(digits):
         (dict(train_images=0), "train_images=0 is not allowed"),
         (dict(train_images=-1), "train_images=-1 is not allowed"),
         (dict(train_images=9), "train_images=9 leave 9 to train on: at least 10"),
+        (dict(memory_gb=-1), "memory_gb=-1 is not allowed: a number from 0"),
+        (dict(memory_gb=float("nan")), "memory_gb=nan is not allowed"),
         (dict(crop_pct=0), "crop_pct=0 is not allowed"),
         (dict(mean=(0.5, 0.5)), r"mean=\(0\.5, 0\.5\) is not allowed: .*three numbers"),
         (dict(std=(1, 0, 1)), r"std=\(1, 0, 1\) is not allowed: .*above 0"),
+        (dict(mean=(0, float("nan"), 0)), "mean=nan is not allowed: .*finite"),
+        (dict(std=(1, 1, float("inf"))), "std=inf is not allowed: .*finite"),
         (dict(interpolation="cubic"), "interpolation='cubic'.*'bicubic'"),
     ],
 )
@@ -136,6 +152,8 @@ def test_refuses_values_out_of_range(value, message):
         dict(train_images=True),
         dict(train_images="50"),
         dict(download="false"),
+        dict(memory_gb="2"),
+        dict(memory_gb=None),
         dict(crop_pct="1"),
         dict(mean=0.5),
         dict(std="111"),
@@ -155,10 +173,10 @@ def test_mean_and_std_hold_numbers(name):
         data.load("digits", **{name: (0.5, 0.5, "0.5")})
 
 
-def test_numpy_numbers_are_numbers(digits):
+def test_numpy_numbers_are_numbers(read_digits):
     numbers = dict(image_size=np.int64(24), seed=np.int32(0), search_share=np.float64(0.2))
     splits = data.load("digits", **numbers, train_images=np.int64(50))
-    assert np.array_equal(splits.train.indices, digits.train.indices[:50])
+    assert torch.equal(splits.train.labels, read_digits.train.labels[:50])
     assert splits.train[0][0].shape == (3, 24, 24)
     assert len(next(iter(data.loader(splits.train, np.int64(8))))[1]) == 8
 
@@ -180,9 +198,10 @@ def test_grey_images_get_three_channels(tmp_path):
     write_fashion(tmp_path, [i % 10 for i in range(50)])
     splits = data.load("fashion-mnist", tmp_path, 28, mean=(0, 0, 0), std=(1, 1, 1))
     assert [len(getattr(splits, part)) for part in PARTS] == [40, 10, 50]
-    assert not set(splits.train.indices) & set(splits.search.indices)
+    files = read_again("fashion-mnist", tmp_path, 28)
+    assert not set(files.train.indices) & set(files.search.indices)
     image, label = splits.test[7]
-    stored = splits.test.source.images.data[7] / 255
+    stored = files.test.source.images.data[7] / 255
     assert label == 7 and torch.allclose(image, stored.expand(3, 28, 28), atol=1e-6)
 
 
@@ -221,7 +240,8 @@ def test_imagenet_labels_come_from_the_full_list(imagenet):
     splits = data.load("imagenet", imagenet, 8)
     assert len(splits.classes) == 1000
     assert list(splits.test.labels) == [0, 1, 999]
-    assert set(splits.train.labels) == set(splits.search.labels) == {0, 1, 999}
+    for part in (splits.train, splits.search):
+        assert set(part.labels.tolist()) == {0, 1, 999}
     validation = data.imagenet_val(imagenet, 8)
     assert [validation[i][1] for i in range(3)] == [0, 1, 999]
 
@@ -273,14 +293,15 @@ def test_named_data_set_in_folders(name, classes, tmp_path):
     assert [len(getattr(splits, part)) for part in PARTS] == [n * len(classes) for n in (4, 1, 1)]
     assert list(splits.test.labels) == list(range(len(classes)))
     folder = data.load("folder", tmp_path, 32)  # for photographs of any shape; CIFAR's are not
-    same = repr(folder.train.transform) == repr(splits.train.transform)
+    images = read_again(name, tmp_path, 32)
+    same = repr(folder.train.transform) == repr(images.train.transform)
     assert same == (name == "pets")
 
 
 def test_labels_of_a_named_data_set_follow_its_own_order(tmp_path):
     paint_classes(tmp_path / "train", SPELLED, 5)
     paint_classes(tmp_path / "val", SPELLED, 1)
-    splits = data.load("fashion-mnist", tmp_path, 28)
+    splits = read_again("fashion-mnist", tmp_path, 28)
     assert splits.classes == FASHION
     for part in (splits.train, splits.search, splits.test):
         for i, label in enumerate(part.labels):
@@ -543,7 +564,7 @@ def test_loader_shuffles_only_with_a_generator(digits):
         return [labels for _, labels in data.loader(digits.search, 50, generator)]
 
     state = torch.get_rng_state()
-    assert torch.equal(torch.cat(batches(None)), torch.tensor(digits.search.labels))
+    assert torch.equal(torch.cat(batches(None)), digits.search.labels)
     assert torch.equal(torch.cat(batches(0)), torch.cat(batches(0)))
     assert not torch.equal(torch.cat(batches(0)), torch.cat(batches(1)))
     assert {len(batch) for batch in batches(0)} == {50}
@@ -590,7 +611,8 @@ def test_one_npz_file_holds_a_data_set(tmp_path):
     splits = data.load("npz", tmp_path / "pets.npz", image_size=8)
     assert splits.classes == ("cat", "dog")
     assert [len(getattr(splits, part)) for part in PARTS] == [32, 8, 6]
-    used = np.concatenate([splits.train.indices, splits.search.indices])
+    files = read_again("npz", tmp_path / "pets.npz", image_size=8)
+    used = np.concatenate([files.train.indices, files.search.indices])
     assert sorted(used) == list(range(40))
     start, end = arrays["test_offsets"][3:5]
     file = io.BytesIO(arrays["test_jpeg"][start:end].tobytes())
@@ -661,24 +683,93 @@ def test_damaged_image_of_an_npz_file_is_named(tmp_path):
     broken = arrays["test_jpeg"].copy()
     broken[arrays["test_offsets"][2] :] = 0
     write_npz(tmp_path / "a.npz", test_jpeg=broken)
-    test = data.load("npz", tmp_path / "a.npz").test
-    with pytest.raises(ValueError, match=r"image 2 of .*a\.npz cannot be read"):
+    named = pytest.raises(ValueError, match=r"image 2 of .*a\.npz cannot be read")
+    with named:
+        data.load("npz", tmp_path / "a.npz")
+    test = read_again("npz", tmp_path / "a.npz").test
+    with named:
         test[2]
 
 
-def test_images_in_memory_are_those_of_the_splits(tmp_path, digits):
+BLACK_IS_0 = dict(mean=(0, 0, 0), std=(1, 1, 1))
+
+
+@pytest.mark.parametrize(("name", "size"), [("digits", 24), ("npz", 8), ("npz", 13), ("npz", 5)])
+def test_images_in_memory_are_those_of_the_files(name, size, tmp_path):
     write_npz(tmp_path / "a.npz")
-    for splits in (data.load("npz", tmp_path / "a.npz", image_size=8), digits):
-        kept = data.load_into_memory(splits)
-        assert kept.classes == splits.classes
-        for part in ("calibration", "search", "test"):
-            own, images = getattr(splits, part), getattr(kept, part)
-            assert len(images) == len(own) and images.images.dtype == torch.uint8
-            assert images.labels.tolist() == own.labels.tolist()
-            image, label = images[5]
-            assert torch.allclose(image, own[5][0], atol=1e-6) and label == own[5][1]
-            x, y = images[:6]
-            assert torch.equal(x[5], image) and y.tolist() == own.labels[:6].tolist()
+    kept, files = (get(name, tmp_path / "a.npz", size) for get in (data.load, read_again))
+    assert kept.classes == files.classes
+    mean, std = (np.array(v)[:, None, None] for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    for part in ("calibration", "search", "test"):
+        own, images = getattr(files, part), getattr(kept, part)
+        assert len(images) == len(own) and torch.equal(images.labels, own.labels)
+        for i in (0, 3, len(own) - 1):
+            picture = own.source.images[own.indices[i]][0].convert("RGB")
+            pixels = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR)) / 255
+            expected = torch.tensor((pixels.transpose(2, 0, 1) - mean) / std).float()
+            for image, label in (images[i], own[i]):
+                torch.testing.assert_close(image, expected, atol=1e-5, rtol=0)
+                assert label == own.labels[i]
+        x, y = images[:6]
+        assert torch.equal(x[3], images[3][0]) and torch.equal(y, own.labels[:6])
+
+
+@pytest.mark.parametrize("name", ["digits", "npz"])
+@pytest.mark.parametrize("get", [data.load, read_again])
+def test_training_images_are_random_crops_of_the_calibration_images(get, name, tmp_path):
+    write_npz(tmp_path / "a.npz")
+    splits = get(name, tmp_path / "a.npz", 8, **BLACK_IS_0)
+    torch.manual_seed(0)
+    seen = {tuple(splits.train[2][0].flatten().tolist()) for _ in range(300)}
+    flip = name != "digits"  # a mirrored digit is another sign
+    possible = possible_crops(splits.calibration[2][0], 1, flip)
+    assert seen == {tuple(crop.flatten().tolist()) for crop in possible}
+
+
+def test_no_image_is_in_memory_twice(tmp_path):
+    write_npz(tmp_path / "a.npz")
+    load = lambda **how: data.load("npz", tmp_path / "a.npz", 8, **how)  # noqa: E731
+    for splits in (load(), load().to("cpu"), load().to("meta")):
+        assert splits.calibration.images is splits.train.images
+        assert splits.calibration.labels is splits.train.labels
+        for part in PARTS:
+            images = getattr(splits, part).images
+            assert images.untyped_storage().nbytes() == 3 * 8 * 8 * len(images)
+    assert {getattr(splits, part).images.device.type for part in PARTS} == {"meta"}
+    assert splits.train.padding == 1 and splits.train.flip
+    assert splits.calibration.padding == 0 and not splits.calibration.flip
+
+
+def test_a_part_of_each_image_can_be_shown_in_evaluation(tmp_path):
+    write_npz(tmp_path / "a.npz")
+    how = dict(image_size=8, crop_pct=0.5, **BLACK_IS_0)
+    kept, files = (get("npz", tmp_path / "a.npz", **how) for get in (data.load, read_again))
+    for part in ("calibration", "search", "test"):
+        for i in range(3):
+            assert torch.allclose(getattr(kept, part)[i][0], getattr(files, part)[i][0], atol=1e-6)
+    assert not torch.equal(kept.calibration.images, kept.train.images)
+    moved = kept.to("meta")
+    assert moved.calibration.images.device.type == "meta" and moved.calibration.padding == 0
+
+
+def test_images_that_are_not_square_are_shown_whole(tmp_path):
+    paint_classes(tmp_path / "train", data.CIFAR10, 5)
+    paint_classes(tmp_path / "test", data.CIFAR10, 1)
+    half = np.full((8, 16, 3), 255, np.uint8)
+    half[:, 8:] = 0
+    Image.fromarray(half).save(tmp_path / "test" / "airplane" / "0.png")
+    for get in (data.load, read_again):
+        image, _ = get("cifar10", tmp_path, 8, interpolation="nearest", **BLACK_IS_0).test[0]
+        assert image[:, :, :4].eq(1).all() and image[:, :, 4:].eq(0).all()
+
+
+def test_images_stay_in_memory_if_they_fit(tmp_path):
+    write_npz(tmp_path / "a.npz")
+    size = 3 * 8 * 8 * (32 + 8 + 6)
+    for memory, kind in ((size, data.InMemory), (size - 1, data.Images), (0, data.Images)):
+        splits = data.load("npz", tmp_path / "a.npz", 8, memory_gb=memory / 1e9)
+        assert {type(getattr(splits, part)) for part in PARTS} == {kind}
+    assert splits.to("meta") == splits  # files have no device
 
 
 def possible_crops(image, padding, flip):
@@ -733,12 +824,10 @@ def test_loader_reads_batches_from_memory():
     assert torch.allclose(torch.cat([x for x, _ in batches]), images / 255)
 
 
-def test_photographs_to_train_on_stay_in_their_files(tmp_path):
+def test_photographs_stay_in_their_files(tmp_path):
     paint_classes(tmp_path, ("a", "b"), 10)
     splits = data.load("folder", tmp_path, image_size=8)
-    kept = data.load_into_memory(splits)
-    assert kept.train is splits.train
-    assert torch.allclose(kept.test[1][0], splits.test[1][0], atol=1e-6)
+    assert {type(getattr(splits, part)) for part in PARTS} == {data.Images}
 
 
 @pytest.mark.parametrize(
@@ -748,8 +837,43 @@ def test_photographs_to_train_on_stay_in_their_files(tmp_path):
         (torch.zeros(4, 1, 8, 8), torch.zeros(4).long()),
         (torch.zeros(3, 8, 8), torch.zeros(3).long()),
         (torch.zeros(4, 3, 8, 8), torch.zeros(3).long()),
+        (torch.zeros(4, 3, 8, 8), torch.zeros(4)),
+        (torch.zeros(4, 3, 8, 8), torch.zeros(4, device="meta").long()),
     ],
 )
 def test_images_and_labels_in_memory_must_fit(images, labels):
     with pytest.raises(ValueError, match=r"images of shape|labels of shape"):
         data.InMemory(images, labels, (0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (dict(mean=(0, 0)), ValueError),
+        (dict(mean=(0, 0, float("nan"))), ValueError),
+        (dict(mean=("0", 0, 0)), TypeError),
+        (dict(mean=torch.zeros(3)), TypeError),
+        (dict(std=(1, 1, 0)), ValueError),
+        (dict(std=1), TypeError),
+        (dict(padding=-1), ValueError),
+        (dict(padding=1.0), TypeError),
+        (dict(flip=1), TypeError),
+    ],
+    ids=repr,
+)
+def test_images_in_memory_refuse_settings_that_are_not_allowed(value, kind):
+    images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4).long()
+    ((name, _),) = value.items()
+    with pytest.raises(kind, match=f"{name}=.* is not allowed"):
+        data.InMemory(images, labels, **(dict(mean=(0, 0, 0), std=(1, 1, 1)) | value))
+
+
+def test_indices_outside_the_images_are_refused():
+    images = torch.zeros(4, 3, 8, 8)
+    dataset = data.InMemory(images, torch.arange(4), (0, 0, 0), (1, 1, 1))
+    assert dataset[-1][1] == 3 and [y for _, y in dataset] == [0, 1, 2, 3]
+    for right, wrong in ([0], 4), ([0, 1], -5), ([], 9):
+        with pytest.raises(IndexError, match=rf"no images \[{wrong}\]: there are 4"):
+            dataset.batch([*right, wrong])
+    x, y = dataset.batch([])
+    assert x.shape == (0, 3, 8, 8) and y.shape == (0,)

@@ -2,8 +2,7 @@
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,27 +17,31 @@ from torch.profiler import ProfilerActivity, profile
 
 from .. import models
 from ..network.bits import largest
-from ..network.quantizer import compile_quantizers, lsq
+from ..network.quantizer import integer_range, lsq
 from ..network.supernet import Supernet
 from ..training.evaluation import recalibrate
 from ..training.loop import Run, TrainConfig, update
 from ..training.scheduler import turbulence
+from ..training.speed import seconds
 
 
-def seconds(task: Callable[[], object]) -> float:
-    """Wall time of one call of `task`, in s, an accelerator's work included."""
-    start = time.perf_counter()
-    task()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
+def compare(
+    tasks: Mapping[str, Callable[[], object]], base: Callable[[], object], repeats: int
+) -> dict[str, list[float]]:
+    """Times of each task over those of `base`, called in turn; each twice before, to warm up."""
+    for each in (base, *tasks.values()) * 2:
+        each()
+    found: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(repeats):
+        least = seconds(base)
+        for name, task in tasks.items():
+            found[name].append(seconds(task) / least)
+    return found
 
 
 def ratios(task: Callable[[], object], base: Callable[[], object], repeats: int) -> list[float]:
-    """Times of `task` over those of `base`, called in turn; each once before, to warm up."""
-    for each in (base, task):
-        each()
-    return [seconds(task) / seconds(base) for _ in range(repeats)]
+    """Times of `task` over those of `base`, as in `compare`."""
+    return compare({"task": task}, base, repeats)["task"]
 
 
 def setting(
@@ -56,26 +59,34 @@ def training_step(
     name: str,
     size: int = 64,
     batch: int = 64,
-    repeats: int = 5,
-    compile: bool = False,
+    repeats: int = 9,
     device: str | torch.device = "cpu",
-) -> list[float]:
+    compiled: bool = True,
+) -> dict[str, list[float]]:
     """Ratios of a one-shot step (1 largest + 3 random passes, IDM, update) to four plain passes.
 
-    One ratio per repeat; `size` in pixels. A plain pass is forward and backward of the float model
-    in the same memory format. `compile`: quantizers by torch.compile.
+    One ratio per repeat; all are timed in turn. `size` in pixels. A plain pass is forward and
+    backward of the float model in the same memory format. `compiled`: both by torch.compile, too.
     """
-    x, y, plain, supernet = setting(name, size, batch, device)
-    if compile:
-        compile_quantizers(supernet)
-    run = Run.start(TrainConfig(batch_size=batch), supernet, images=batch)
+    x, y, plain, _ = setting(name, size, batch, device)
 
-    def four_plain_passes() -> None:
-        for _ in range(4):
-            F.cross_entropy(plain(x), y).backward()
-        plain.zero_grad()
+    def step(compile: str) -> Callable[[], object]:
+        supernet = setting(name, size, batch, device)[3]
+        run = Run.start(TrainConfig(batch_size=batch, compile=compile), supernet, images=batch)
+        return lambda: update(run, x, y)
 
-    return ratios(lambda: update(run, x, y), four_plain_passes, repeats)
+    def passes(model: Callable) -> Callable[[], object]:
+        def run() -> None:
+            for _ in range(4):
+                F.cross_entropy(model(x), y).backward()
+            plain.zero_grad()
+
+        return run
+
+    tasks = {"step": step("never")}
+    if compiled:
+        tasks |= {"step, compiled": step("always"), "plain, compiled": passes(torch.compile(plain))}
+    return compare(tasks, passes(plain), repeats)
 
 
 def quantizer_ratios(
@@ -87,11 +98,12 @@ def quantizer_ratios(
     """
     x = torch.randn(elements, device=device, requires_grad=True)
     step, grad = torch.tensor(0.3, device=device, requires_grad=True), torch.randn_like(x)
+    bounds = torch.tensor(integer_range(bits, True), device=device).to(x)
     zero, low, high = torch.zeros(1, device=device), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    native = torch._fake_quantize_learnable_per_tensor_affine
+    native, compiled = torch._fake_quantize_learnable_per_tensor_affine, torch.compile(lsq)
     tasks = {
-        "ours": lambda: lsq(x, step, bits, True),
-        "ours, compiled": lambda: lsq(x, step, bits, True, compile=True),
+        "ours": lambda: lsq(x, step, *bounds),
+        "ours, compiled": lambda: compiled(x, step, *bounds),
         "PyTorch's own": lambda: native(x, step.view(1), zero, low, high, 1.0),
         "a copy": lambda: x.clone(),
     }

@@ -43,11 +43,7 @@ TIMED_STEPS = 20
 def load_splits(setting: Setting, root: str | Path, device: str | torch.device) -> Splits:
     """The images of a study, decoded once, on the device. `root`: as in `data.load`."""
     how = dict(search_share=setting.search_share, train_images=setting.train_images)
-    splits = data.load(setting.dataset, root, setting.image_size, **how)
-    few = max(setting.recalibration_images, setting.float_config(0).batch_size)
-    used = splits.calibration.indices[:few]  # no others are read
-    splits = replace(splits, calibration=replace(splits.calibration, indices=used))
-    return data.load_into_memory(splits, device)
+    return data.load(setting.dataset, root, setting.image_size, **how).to(device)
 
 
 @dataclass(frozen=True)

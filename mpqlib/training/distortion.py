@@ -77,9 +77,9 @@ class OutputHook:
 class Distortions:
     """Mean squared distances of layers' outputs to those at the largest bits (RFQuant's IDM).
 
-    Which of the `layers` count may change from pass to pass. `static`: for a compiled network, which
-    must run one program. Hooks then stay on all layers until `remove`, and all outputs are kept and
-    compared; only the layers that are asked for count in the loss.
+    Which of the `layers` count may change from pass to pass. `static`: for a compiled network,
+    which must run one program. Hooks then stay on all layers until `remove`, and all outputs are
+    kept and compared; only the layers that are asked for count in the loss.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], static: bool = False):

@@ -36,21 +36,6 @@ def select_device(name: str | torch.device = "auto") -> torch.device:
     return torch.device(name)
 
 
-def select_dtype(name: str, device: str | torch.device) -> torch.dtype:
-    """The type in which convolutions and linear layers compute.
-
-    `name`: "float32", "bfloat16" or "auto". "auto" is bfloat16 where the device has matrix units
-    for it (CUDA from compute capability 8.0, a CPU with AMX), else float32. Raises ValueError for
-    another name.
-    """
-    if name not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype={name!r} is not allowed: auto, float32 or bfloat16")
-    if name == "auto":
-        capable = {"cpu": torch.cpu._is_amx_tile_supported, "cuda": torch.cuda.is_bf16_supported}
-        name = "bfloat16" if capable.get(torch.device(device).type, bool)() else "float32"
-    return getattr(torch, name)
-
-
 def move_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     """Moves the model to the device, in the layout that is fastest for images (N, C, H, W).
 

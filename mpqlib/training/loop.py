@@ -1,10 +1,11 @@
 """One-shot training: one loop for the float network and for the supernet."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ..data import InMemory
 from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet
-from .evaluation import move_channels_last, select_device, select_dtype
+from .evaluation import move_channels_last, select_device
 from .optimization import (
     average_gradients,
     average_weights,
@@ -38,6 +39,7 @@ from .optimization import (
     step_travel,
 )
 from .scheduler import cosine, freeze, freeze_share, is_decision, turbulence
+from .speed import check_choice, faster_dtype, is_worth_compiling
 from .step import OneShotStep, float_gradients
 
 # Number of the training rules; stored runs name it. 3: those of RFQuant's release, as recorded in
@@ -93,8 +95,12 @@ class TrainConfig:
     idm_weight: float = 0.01
     grid_weight: float = 0.1  # final weight of the quantization-error term, 0 for none
     grid_start: int = 40  # part after which that weight grows by a cosine
-    compile: bool = False  # run the passes by torch.compile: `OneShotStep`
-    dtype: str = "float32"  # of convolutions and linear layers: float32, bfloat16 or auto
+    # Whether the passes of a supernet run by torch.compile: never, always, or auto, which compiles
+    # if the third step says that training takes at least another 30 minutes.
+    compile: str = "auto"
+    # Of convolutions and linear layers: float32, bfloat16, or auto, which measures a few steps in
+    # both and keeps the faster. A resumed run keeps it too, but a new one may measure otherwise.
+    dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
@@ -111,7 +117,7 @@ class TrainConfig:
 def _checked(name: str, value: object, kind: type) -> bool | int | float | str:
     """The value of a setting as a `kind`; raises ValueError if it is not allowed."""
     if kind is str:
-        select_dtype(value, "cpu")  # raises
+        check_choice(name, value)
         return str(value)
     truth = isinstance(value, (bool, np.bool_))
     if kind is bool:
@@ -193,9 +199,10 @@ class Run:
     candidates: dict[str, Candidates]
     first_step_sizes: Tensor  # of the quantizers before the first step
     history: list[dict]  # one row for each finished epoch
+    dtype: str  # float32 or bfloat16; auto until the first step
+    compile: str  # never or always; auto until the third step
     step: int = 0  # steps taken, over all epochs
     epoch: Epoch | None = None  # the unfinished one
-    one_shot: OneShotStep | None = None  # None for a float model
 
     @classmethod
     def start(
@@ -235,7 +242,8 @@ class Run:
             candidates=model.candidates if isinstance(model, Supernet) else {},
             first_step_sizes=step_sizes(model),
             history=[],
-            one_shot=OneShotStep(model, c.compile) if isinstance(model, Supernet) else None,
+            dtype=c.dtype,
+            compile=c.compile,
         )
 
     @property
@@ -268,7 +276,8 @@ class Run:
         if isinstance(self.model, Supernet):
             moved = step_sizes(self.model) / self.first_step_sizes - 1
             means["steps_moved"] = float(moved.abs().mean())
-        self.history.append(self.epoch.row | means | {"seconds": self.epoch.seconds})
+        about = {"seconds": self.epoch.seconds, "dtype": self.dtype, "compile": self.compile}
+        self.history.append(self.epoch.row | means | about)
         self.epoch = None
 
     def choose_candidates(self) -> dict | None:
@@ -308,9 +317,38 @@ class Run:
         paths = range(self.config.random_paths)
         return [largest(self.candidates), *(sample(self.candidates, self.generator) for _ in paths)]
 
+    @cached_property
+    def one_shot(self) -> OneShotStep:
+        """How a supernet runs the passes of a step."""
+        return OneShotStep(self.model, compile=self.compile == "always")
+
+    def choose_dtype(self, x: Tensor, y: Tensor, configs: Sequence[BitConfig]) -> None:
+        """Chooses the faster type for one step's gradients, measured on a copy of the model."""
+        twin = replace(self, model=copy.deepcopy(self.model), compile="never")
+
+        def step(name: str) -> None:
+            twin.dtype = name
+            twin.gradients(x, y, configs)
+
+        with torch.random.fork_rng():  # dropout
+            self.dtype = faster_dtype(step, x.device)
+
+    def choose_compile(self, seconds: float) -> None:
+        """Chooses whether to compile the passes of a supernet, by the `seconds` of the last step.
+
+        This waits for the third step, because the first ones take longer.
+        """
+        if self.compile != "auto" or self.step < 3:
+            return
+        left = seconds * (self.steps * self.config.epochs - self.step)
+        device = self.parameters[0].device
+        worth = isinstance(self.model, Supernet) and is_worth_compiling(left, device)
+        self.compile = "always" if worth else "never"
+        vars(self).pop("one_shot", None)  # it was not compiled
+
     def gradients(self, x: Tensor, y: Tensor, configs: Sequence[BitConfig]) -> dict[str, Tensor]:
         """Adds up one step's gradients at `configs`; returns its losses and accuracies."""
-        c, dtype = self.config, select_dtype(self.config.dtype, x.device)
+        c, dtype = self.config, getattr(torch, self.dtype)
         if not isinstance(self.model, Supernet):
             return float_gradients(self.model, x, y, c.label_smoothing, dtype)
         late = (self.part - c.grid_start) / max(c.schedule_parts - c.grid_start, 1)
@@ -351,6 +389,8 @@ class Run:
             "candidates": {name: tuple(c) for name, c in self.candidates.items()},
             "first_step_sizes": self.first_step_sizes,
             "history": self.history,
+            "dtype": self.dtype,
+            "compile": self.compile,
             "step": self.step,
             "epoch": self.epoch and vars(self.epoch),
         }
@@ -375,6 +415,7 @@ class Run:
         self.candidates = {name: Candidates(*c) for name, c in state["candidates"].items()}
         self.first_step_sizes = state["first_step_sizes"].to(self.first_step_sizes.device)
         self.history, self.step = state["history"], state["step"]
+        self.dtype, self.compile = state["dtype"], state["compile"]
         self.epoch = state["epoch"] and Epoch(**state["epoch"])
 
 
@@ -414,6 +455,8 @@ def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     Raises FloatingPointError, before the weights move, if a loss or a gradient is not finite.
     """
     configs = run.draw_configs()
+    if run.dtype == "auto":
+        run.choose_dtype(x, y, configs)
     losses = run.gradients(x, y, configs)
     average_gradients(run.model)
     check_gradients(run.model, losses, run.when())
@@ -442,11 +485,13 @@ def train_epoch(
     epoch, (rank, world) = run.epoch, rank_and_size()
     done = run.step % run.steps
     started = time.perf_counter() - epoch.seconds
+    stored = isinstance(dataset, InMemory)  # on the device: nothing to load or to copy
     batches = DataLoader(
         Batches(dataset, epoch, run.config.batch_size),
         batch_size=None,  # they are batches already
         sampler=range(done, run.steps),
-        num_workers=workers,
+        num_workers=0 if stored else workers,
+        pin_memory=device.type == "cuda" and not stored,  # so that copies wait for nothing
     )
     with torch.random.fork_rng():
         for x, y in tqdm(batches, title, total=run.steps, initial=done, leave=False):
@@ -454,8 +499,12 @@ def train_epoch(
                 epoch.row["decisions"].append(decision)
             # Dropout, too, depends on the epoch and the step alone.
             torch.manual_seed(epoch.seed - 1 - (run.step % run.steps * world + rank))
-            x = x.to(device, memory_format=torch.channels_last)
-            for key, value in update(run, x, y.to(device)).items():
+            x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
+            y = y.to(device, non_blocking=True)
+            began = time.perf_counter()
+            losses = update(run, x, y)
+            run.choose_compile(time.perf_counter() - began)
+            for key, value in losses.items():
                 epoch.sums[key] = epoch.sums.get(key, 0) + value
             epoch.seconds = time.perf_counter() - started
             after_step()
@@ -477,6 +526,7 @@ def train(
     """Trains a float model, or a Supernet one-shot; returns its averaged copy and its history.
 
     `dataset`: items (image (C, H, W), label); augmentation must draw from torch's global generator.
+    Images in memory (`data.InMemory`) are moved to the device once, and need no workers.
     `checkpoint`: a file that is written after each epoch, and within an epoch when
     `checkpoint_minutes` have passed since the last time. If the file exists, training resumes from
     it and gives the same numbers, bit for bit (CPU), as without interruption. Other initial weights
@@ -487,9 +537,9 @@ def train(
     after every step.
 
     The history has one dict for each epoch: `epoch` (from 1), mean losses and accuracies,
-    `seconds`, and for a Supernet `decisions`, a list with a dict for each decision of the
-    scheduler: the `step` (from 0), the `turbulence` of layers and the `frozen` ones; and
-    `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
+    `seconds`, the `dtype` of the run, and for a Supernet `decisions`, a list with a dict for each
+    decision of the scheduler: the `step` (from 0), the `turbulence` of layers and the `frozen`
+    ones; and `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
 
     Raises ValueError for a checkpoint that is damaged, was written under other settings, does not
     fit the model or cannot be written, for fewer images than one batch, for outputs that are no
@@ -500,6 +550,8 @@ def train(
     device = select_device(device)
     model = move_channels_last(model, device).train()
     model.zero_grad()  # a gradient from before would count in the first step
+    if isinstance(dataset, InMemory):
+        dataset = dataset.to(device)
     run = Run.start(config, model, len(dataset), about)
     saved = Checkpoint(run, checkpoint, checkpoint_minutes)
 
@@ -509,7 +561,7 @@ def train(
             model.train()  # `batch_error`, for one, puts it into eval mode
         saved.update()
 
-    with run.one_shot or nullcontext():
+    try:
         while len(run.history) < config.epochs:
             if run.epoch is None:
                 run.start_epoch()
@@ -520,4 +572,7 @@ def train(
             check_weights(model, f"after epoch {len(run.history) + 1} of {config.epochs}")
             run.end_epoch()
             saved.write()
+    finally:
+        if isinstance(model, Supernet):
+            run.one_shot.remove()
     return averaged_model(model, run.average), run.history

@@ -75,11 +75,11 @@ def float_gradients(
 
 
 class OneShotStep:
-    """The passes of a training step, eager or compiled.
+    """The passes of a training step, compiled or not.
 
     `compile`: run the network by torch.compile, which fuses batch norms, activations and
     quantizers. One program serves all configurations. To compile it takes a minute or more.
-    Compiled, hooks for IDM stay on the layers until the block ends.
+    If it is compiled, hooks for IDM stay on the layers until `remove`.
     """
 
     def __init__(self, supernet: Supernet, compile: bool = False):
@@ -88,10 +88,8 @@ class OneShotStep:
         layers = {name: supernet.layers[name] for name in supernet.searchable}
         self.distortions = Distortions(layers, static=compile)
 
-    def __enter__(self) -> "OneShotStep":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def remove(self) -> None:
+        """Takes all hooks off the layers."""
         self.distortions.remove()
 
     def run(self, x: Tensor, config: BitConfig) -> Tensor:
@@ -158,8 +156,7 @@ def one_shot_gradients(
     `dtype`: of convolutions and linear layers. `options`: these four, as in `OneShotStep`. Losses
     and accuracies at `configs` are means over them. Source: RFQuant (arXiv 2401.01543).
     """
-    with OneShotStep(supernet) as step:
-        return step.gradients(x, y, candidates, configs, **options)
+    return OneShotStep(supernet).gradients(x, y, candidates, configs, **options)
 
 
 def idm_gradient_share(

@@ -17,7 +17,6 @@ from mpqlib.training.evaluation import (
     evaluate,
     recalibrate,
     select_device,
-    select_dtype,
 )
 from mpqlib.training.loop import TrainConfig, train
 
@@ -423,18 +422,6 @@ def test_an_unknown_device_is_refused():
     assert select_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="device='tpu' is not available here: one of"):
         select_device("tpu")
-
-
-@pytest.mark.parametrize("capable", [True, False])
-def test_dtype_goes_by_what_the_processor_can_do(monkeypatch, capable):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: capable)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: capable)
-    for device in ("cpu", "cuda"):
-        found = select_dtype("auto", device)
-        assert found == (torch.bfloat16 if capable else torch.float32)
-    assert select_dtype("bfloat16", "cpu") == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype='float16' is not allowed: auto, float32 or"):
-        select_dtype("float16", "cpu")
 
 
 @pytest.mark.parametrize("device", ["cpu:x", "cuda:99", "meta", ""])

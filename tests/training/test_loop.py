@@ -75,6 +75,22 @@ def test_images_in_memory_are_trained_on_in_batches():
         torch.testing.assert_close(value, found[1][key])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_in_memory_resumes_to_the_same_numbers(workers, tmp_path):
+    stored = torch.randint(256, (48, 3, 8, 8), dtype=torch.uint8)
+    labels, augmented = images(48).tensors[1], dict(padding=2, flip=True)
+    dataset = InMemory(stored, labels, mean=(0.5,) * 3, std=(0.25,) * 3, **augmented)
+    straight, history = train(network(True), dataset, SMALL)
+    options = dict(checkpoint=tmp_path / "run.pt", checkpoint_minutes=0, workers=workers)
+    for step in (2, 5):
+        with pytest.raises(KeyboardInterrupt):
+            train(network(True), dataset, SMALL, watch=interrupt(step), **options)
+    model, resumed = train(network(True), dataset, SMALL, **options)
+    assert same(model, straight) and numbers(resumed) == numbers(history)
+    plain, _ = train(network(True), dataset.without_augmentation(), SMALL)
+    assert not same(plain, straight)
+
+
 class Augmented(TensorDataset):
     """Images with noise from the global generator."""
 

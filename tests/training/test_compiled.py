@@ -1,0 +1,69 @@
+"""Compiled training against the same training without torch.compile, in float64.
+
+The graphs are those of torch.compile, but PyTorch's own operations run them: to generate code takes
+a minute for each network. `12_benchmark` runs generated code.
+"""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo
+from conftest import TinyNet
+from timm.layers import BatchNormAct2d
+from torch import nn
+
+from mpqlib.network.bits import sample
+from mpqlib.network.supernet import Supernet
+from mpqlib.training.loop import Run, TrainConfig, update
+
+
+class ActivationInside(nn.Module):
+    """Norms with an activation inside, a shortcut, and a layer that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, 2), BatchNormAct2d(8)
+        self.a, self.norm_a = nn.Conv2d(8, 8, 3, padding=1), BatchNormAct2d(8, apply_act=False)
+        self.twice, self.last = nn.Conv2d(8, 8, 1), nn.Linear(8, 3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        x = self.relu(self.norm_a(self.a(x)) + x)
+        x = self.relu(self.twice(self.relu(self.twice(x))))
+        return self.last(x.mean((2, 3)))
+
+
+def assert_close(found, expected, name):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("kind", [TinyNet, ActivationInside])
+def test_compiled_training_gives_the_same_numbers_by_one_program(kind, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 3, 12, 12, dtype=torch.float64), torch.arange(24) % 3
+    plain = Supernet(kind().double(), x, (2, 3, 4)).train()
+    compiled = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    programs = torch._dynamo.utils.counters
+    programs.clear()
+    config = dict(batch_size=8, epochs=1, lr=0.003, idm_weight=1.0, grid_start=0)
+    runs = [
+        Run.start(TrainConfig(compile=choice, **config), net, 24)
+        for net, choice in ((plain, "never"), (compiled, "always"))
+    ]
+    for step in range(3):
+        at = slice(8 * step, 8 * step + 8)
+        expected, losses = (update(run, x[at], y[at]) for run in runs)
+        for name, loss in expected.items():
+            assert_close(losses[name], loss, name)
+    for name, tensor in plain.state_dict().items():
+        assert_close(compiled.state_dict()[name], tensor, name)
+    # One program for the pass that keeps outputs, and one for those that are compared with them.
+    assert programs["stats"]["unique_graphs"] == 2 and not programs["graph_break"]
+    runs[1].one_shot.remove()
+    config = sample(plain.candidates, torch.Generator().manual_seed(1))
+    assert_close(compiled.eval()(x, config), plain.eval()(x, config), "logits")
