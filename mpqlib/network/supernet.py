@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ class LayerInfo:
     depthwise: bool
     candidates: Candidates
     tied_to: str | None = None  # an earlier layer with the same weights and weight quantizer
+    input_of: str | None = None  # an earlier layer with the same input and activation quantizer
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,13 @@ class Supernet(nn.Module):
     signs and the layer table. `bits`: candidates of ordinary layers; depth-wise convolutions drop
     those below `depthwise_min`. `edge_bits`: width of the first layers (their input stays float)
     and of the last ones, or None to treat them as ordinary layers. `overrides`: candidates of
-    layers by name. `pair_norms`: a batch norm per bit-width pair, or one for all. `weight_steps`:
-    initial steps of the weights, "nested" (RFQuant's release: all grids end at the same value) or
-    "lsq" (LSQ's own, larger at few bits). `scale_step_gradient`: scale the gradients of the steps
-    as LSQ does; RFQuant's release does not. Initial steps of activations come from the float
-    network; RFQuant's release takes them from its first quantized batch.
+    layers by name. `tie_inputs`: layers that read the same tensor, such as the first convolution of
+    a residual block and its shortcut, share one activation quantizer and its bits; RFQuant's
+    release does not tie them. `pair_norms`: a batch norm per bit-width pair, or one for all.
+    `weight_steps`: initial steps of the weights, "nested" (RFQuant's release: all grids end at the
+    same value) or "lsq" (LSQ's own, larger at few bits). `scale_step_gradient`: scale the gradients
+    of the steps as LSQ does; RFQuant's release does not. Initial steps of activations come from the
+    float network; RFQuant's release takes them from its first quantized batch.
 
     Attributes: `table` describes the quantized layers, `float_parts` everything else that computes:
     other kinds of layers, and functions that the model calls itself, such as attention. Float parts
@@ -141,6 +144,7 @@ class Supernet(nn.Module):
         depthwise_min: int = 3,
         edge_bits: int | None = 8,
         overrides: Mapping[str, Candidates] | None = None,
+        tie_inputs: bool = False,
         pair_norms: bool = True,
         weight_steps: str = "nested",
         scale_step_gradient: bool = False,
@@ -174,6 +178,8 @@ class Supernet(nn.Module):
 
         seen, rest = observe(model, example, structure.norms)
         self.table = _layer_table(model, {n: candidates(n) for n in seen}, seen, len(example))
+        if tie_inputs:
+            self.table = _tie_inputs(self.table, structure, seen, untied=self.first)
         self.float_parts = _float_parts(rest, self.table, len(example))
         # Nothing has changed the model so far.
         self.model = model
@@ -210,6 +216,8 @@ class Supernet(nn.Module):
                 layer = QuantConvBN(*common, norm=norm_module, pair_norms=pair_norms, **steps)
             if info.tied_to:
                 layer.weight_quantizer = made[info.tied_to].weight_quantizer
+            if info.input_of:
+                layer.act_quantizer = made[info.input_of].act_quantizer
             made[info.name] = layer
             replacement.replace(op, layer)
             if norm:
@@ -240,9 +248,23 @@ class Supernet(nn.Module):
             {n: (nearest(c.weight), nearest(c.act)) for n, c in self.candidates.items()}
         )
 
+    def tie(self, config: BitConfig) -> BitConfig:
+        """`config` with equal activation bits where layers share their input: the first one's."""
+        tied = {i.name: config[i.input_of].act for i in self.table if i.input_of}
+        if not tied:
+            return config
+        bits = {name: b._replace(act=tied.get(name, b.act)) for name, b in config.items()}
+        return BitConfig.of(bits)
+
     def check(self, config: BitConfig) -> None:
         """Raises ValueError if `config` misses a layer, names an unknown one or has unfit bits."""
         check_config("config", config, self.candidates)
+        for info in self.table:
+            if info.input_of and config[info.name].act != config[info.input_of].act:
+                raise ValueError(
+                    f"config: {info.name!r} reads activations of {config[info.name].act} bits, but "
+                    f"{info.input_of!r} reads the same tensor at {config[info.input_of].act} bits"
+                )
 
     def set_bits(self, config: BitConfig | None) -> None:
         """Sets every layer to its bits in `config`, or to float if it is None."""
@@ -282,6 +304,27 @@ def _layer_table(
         macs, weights = _per_image(seen[name].macs, images), op.weight.numel()
         table.append(LayerInfo(name, macs, weights, _is_depthwise(op), own, tied_to))
     return table
+
+
+def _tie_inputs(
+    table: Iterable[LayerInfo],
+    structure: Structure,
+    seen: Mapping[str, Observation],
+    untied: Iterable[str],
+) -> list[LayerInfo]:
+    """The table with `input_of` set where layers read the same tensor and have its candidates.
+
+    Values are compared, too, because an operation between two layers may write over the tensor.
+    """
+    first: dict[tuple, str] = {}
+    tied = []
+    for info in table:
+        values, key = seen[info.name].values, (structure.inputs[info.name], info.candidates.act)
+        owner = first.setdefault(key, info.name)
+        same = owner != info.name and torch.equal(values, seen[owner].values)
+        free = not {info.name, owner} & set(untied)
+        tied.append(replace(info, input_of=owner) if same and free else info)
+    return tied
 
 
 def _float_parts(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -34,6 +34,7 @@ class Structure:
     norms: dict[str, str | None]  # layer -> its batch norm, in the order of first calls
     first: set[str]  # layers that read the image
     last: set[str]  # layers that no other layer reads
+    inputs: dict[str, str]  # layer -> the operation whose output it reads, if it runs once
 
 
 def _following_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
@@ -45,7 +46,7 @@ def _following_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | No
 
 
 def _structure(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Structure:
-    found = Structure({}, set(), set())
+    found = Structure({}, set(), set(), {})
     nearest: dict[fx.Node, set[str]] = {}  # node -> layers it depends on through no other layer
     for node in graph.nodes:
         above = set().union(*(nearest[source] for source in node.all_input_nodes))
@@ -55,6 +56,7 @@ def _structure(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Structure:
                 node.target in found.norms
             )  # a layer that is called twice has no norm of its own
             found.norms[node.target] = None if again else _following_norm(node, modules)
+            found.inputs[node.target] = node.name if again else node.all_input_nodes[0].name
             found.first |= set() if above else {node.target}
             found.last = found.last - above | {node.target}
             nearest[node] = {node.target}
@@ -92,4 +94,4 @@ def trace(model: nn.Module) -> Structure:
         raise ValueError(f"{name} holds no Conv2d or Linear to quantize")
     # A norm belongs to a layer only if it does so in both modes.
     norms = {n: norm if training[n] == norm else None for n, norm in evaluation.items()}
-    return Structure(norms, found[False].first, found[False].last)
+    return replace(found[False], norms=norms)

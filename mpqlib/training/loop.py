@@ -315,7 +315,8 @@ class Run:
         if not isinstance(self.model, Supernet):
             return []
         paths = range(self.config.random_paths)
-        return [largest(self.candidates), *(sample(self.candidates, self.generator) for _ in paths)]
+        drawn = [self.model.tie(sample(self.candidates, self.generator)) for _ in paths]
+        return [largest(self.candidates), *drawn]
 
     @cached_property
     def one_shot(self) -> OneShotStep:
