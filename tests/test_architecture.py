@@ -19,7 +19,7 @@ GROUND = ["files", "data", "models"]  # import no module of mpqlib
 WINGS = {
     "network": ["quantizer", "bits", "layers", "tracing", "observation", "supernet", "cost"],
     "training": ["scheduler", "distortion", "step", "optimization", "evaluation", "loop"],
-    "search": ["error", "limits", "moves", "greedy", "baselines"],
+    "search": ["error", "limits", "moves", "greedy", "baselines", "sensitivity", "assignment"],
     "report": ["intervals", "tables", "runs", "policy", "paper", "results", "claims", "plots"],
     "studies": [
         "train",
