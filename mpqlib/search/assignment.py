@@ -14,7 +14,7 @@ from ..network.bits import BitConfig, Bits, check_config
 from ..network.cost import bitops, layer_bitops
 from ..network.supernet import Supernet
 from .error import Error, without_nan
-from .limits import check_limits, describe_costs, used_share
+from .limits import check_count, check_limits, describe_costs, used_share
 from .moves import Step
 from .sensitivity import Sensitivity, Ties, measure_sensitivity
 
@@ -189,6 +189,7 @@ def solve(
         add_size(program, supernet, choices, size)
     if near is not None:
         check_config("near", near, supernet.candidates)
+        check_count("radius", radius, 0)
         kept = [choices[name][bits] for name, bits in near.items() if bits in choices[name]]
         program.add_row(_sum(*kept), low=len(near) - radius)
     while (values := program.minimise()) is not None:
@@ -226,6 +227,7 @@ def assignment(
     """
     error = cache(without_nan(error))
     limits = dict(size=size, equal_bits=equal_bits)
+    check_count("rounds", rounds, 0)
     check_limits(supernet, budget, size)
     table = measure_sensitivity(supernet, error, base, pairs=pairs, ties=ties)
 

@@ -15,7 +15,7 @@ from ..network.bits import BitConfig, Candidates, check_bits, sample
 from ..network.cost import bitops
 from ..network.supernet import LayerInfo, Supernet
 from .error import Error, without_nan
-from .limits import check_limits
+from .limits import check_count, check_limits
 from .moves import Step, possible_moves
 
 MOST = 100_000  # configurations that `evaluate_all` evaluates
@@ -65,11 +65,6 @@ def best_step(supernet: Supernet, known: Mapping[BitConfig, float], budget: floa
     return Step(best, fits[best], bitops(supernet.table, best))
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")
-
-
 def random_search(
     supernet: Supernet, error: Error, budget: float, evaluations: int, generator: Generator
 ) -> Step:
@@ -78,7 +73,7 @@ def random_search(
     `budget`: BitOPs per image. `evaluations`: number of different configurations, fewer if the
     space is small. Raises ValueError for a value that is not allowed, and if no error is finite.
     """
-    _check_count("evaluations", evaluations, 1)
+    check_count("evaluations", evaluations, 1)
     error, known = without_nan(error), {}
     for _ in range(TRIES * evaluations):
         config = fit_to_budget(supernet, sample(supernet.candidates, generator), budget, generator)
@@ -127,8 +122,8 @@ def evolution(
     pymoo's genetic algorithm ends 0.03 [0.01, 0.05] lower, but needs nine more packages and an
     adapter longer than this function.
     """
-    _check_count("evaluations", evaluations, 1)
-    _check_count("population", population, 4)
+    check_count("evaluations", evaluations, 1)
+    check_count("population", population, 4)
     if not isinstance(mutation, Real) or not 0 <= mutation <= 1:
         raise ValueError(f"mutation={mutation!r} is not allowed: a number from 0 to 1")
     error, known = without_nan(error), {}

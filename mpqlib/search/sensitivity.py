@@ -130,28 +130,24 @@ class Sensitivity:
         _check_columns(table)
         error = float(table["base_error"].iloc[0])
         paired = table["other_layer"].notna() if "other_layer" in table else table["layer"].isna()
-        errors, seen = {}, {}
+        errors, base = {}, {}
         for row in table[~paired].itertuples(index=False):
-            move = Move(row.layer, row.part, int(row.base_bits), int(row.bits))
-            if seen.setdefault(move[:2], move.before) != move.before or (move,) in errors:
-                raise ValueError(
-                    f"rows of layer {move.layer!r}, {move.part}, contradict each other"
-                )
-            if move.before != move.after:
-                errors[(move,)] = float(row.error)
+            move = Move(row.layer, row.part, row.base_bits, row.bits)
+            if base.setdefault(move[:2], move.before) != move.before or (move,) in errors:
+                raise ValueError(f"rows of layer {move.layer!r}, {move.part}, contradict another")
+            errors[(move,)] = row.error
         for row in table[paired].itertuples(index=False):
-            first = Move(row.layer, row.part, int(row.base_bits), int(row.bits))
+            first = Move(row.layer, row.part, row.base_bits, row.bits)
             numbers = int(row.other_base_bits), int(row.other_bits)
             second = Move(row.other_layer, row.other_part, *numbers)
             if not {(first,), (second,)} <= errors.keys():
-                raise ValueError(
-                    f"a pair has a change that does not stand alone: {first}, {second}"
-                )
-            errors[first, second] = float(row.error)
+                raise ValueError(f"a pair has a change without a row of its own: {first}, {second}")
+            errors[first, second] = row.error
         names = list(dict.fromkeys(table["layer"]))
-        if missing := [place for place in product(names, BIT_WIDTHS) if place not in seen]:
-            raise ValueError(f"rows are missing: {missing[0]}")
-        base = BitConfig.of({n: (seen[n, "weight"], seen[n, "act"]) for n in names})
+        for place in product(names, BIT_WIDTHS):
+            if errors.pop((Move(*place, base.get(place), base.get(place)),), None) is None:
+                raise ValueError(f"a row is missing: {place} at the bits of the base")
+        base = BitConfig.of({n: (base[n, "weight"], base[n, "act"]) for n in names})
         follows = table.loc[table["input_of"].notna(), ["layer", "input_of"]].drop_duplicates()
         groups: dict[str, list[str]] = {}
         for name, first in follows.itertuples(index=False):
@@ -168,7 +164,9 @@ class Sensitivity:
     def load(cls, path: str | Path) -> "Sensitivity":
         """Reads a file of `save`. Raises ValueError if it is damaged, or no such file."""
         try:
-            return cls.from_frame(pd.read_csv(path, float_precision="round_trip"))
+            # Python reads numbers exactly; pandas 2 is off by the last digit by default.
+            exactly = dict.fromkeys(("error", "change", "base_error"), float)
+            return cls.from_frame(pd.read_csv(path, converters=exactly))
         except (ValueError, EmptyDataError, ParserError) as error:
             raise ValueError(
                 f"{path} is no sensitivity table ({error}): measure it again"
@@ -184,6 +182,9 @@ def _places(config: BitConfig) -> Iterator[tuple[tuple[str, str], int]]:
 
 def _check_columns(table: pd.DataFrame) -> None:
     """Raises ValueError for an entry that no sensitivity table has."""
+    for name in ("layer", "part"):
+        if table[name].isna().any():
+            raise ValueError(f"column {name!r} has empty entries")
     if wrong := set(table["part"]) - set(BIT_WIDTHS):
         raise ValueError(f"part is one of {BIT_WIDTHS}, not {sorted(map(str, wrong))[0]!r}")
     for name in ("base_bits", "bits"):
