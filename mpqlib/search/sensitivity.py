@@ -17,8 +17,8 @@ from .error import Error, without_nan
 from .moves import BIT_WIDTHS, Move, apply_moves
 
 PAIRS = ("none", "layers", "neighbours")
-COLUMNS = ["layer", "part", "base_bits", "bits", "error", "change", "base_error", "input_of"]
-OTHER = ["other_layer", "other_part", "other_base_bits", "other_bits"]  # of a pair of changes
+_COLUMNS = ["layer", "part", "base_bits", "bits", "error", "change", "base_error", "input_of"]
+_OTHER = ["other_layer", "other_part", "other_base_bits", "other_bits"]  # of a pair of changes
 
 Ties = Sequence[Sequence[str]]  # groups of layers that share their activation bits
 
@@ -106,24 +106,24 @@ class Sensitivity:
             for bits in getattr(self.candidates[name], part):
                 error = changed.get((Move(name, part, now, bits),), self.error)
                 rows.append((name, part, now, bits, error))
-        table = pd.DataFrame(rows, columns=COLUMNS[:5])
+        table = pd.DataFrame(rows, columns=_COLUMNS[:5])
         if self.pairs:
             pairs = [(*a, *b, self.errors[a, b]) for a, b in self.pairs]
-            pairs = pd.DataFrame(pairs, columns=COLUMNS[:4] + OTHER + ["error"])
+            pairs = pd.DataFrame(pairs, columns=_COLUMNS[:4] + _OTHER + ["error"])
             table = pd.concat([table, pairs], ignore_index=True).astype(
-                dict.fromkeys(OTHER[2:], "Int64")
+                dict.fromkeys(_OTHER[2:], "Int64")
             )
         table["change"] = table["error"] - self.error
         table["base_error"] = self.error
         follows = [self.input_of.get(n) for n in table["layer"]]
         is_act = table["part"] == "act"
         table["input_of"] = pd.Series(follows, index=table.index, dtype=object).where(is_act, None)
-        return table[COLUMNS + (OTHER if self.pairs else [])]
+        return table[_COLUMNS + (_OTHER if self.pairs else [])]
 
     @classmethod
     def from_frame(cls, table: pd.DataFrame) -> "Sensitivity":
         """Reads a table of `to_frame`. Raises ValueError if it is not one."""
-        if missing := [name for name in COLUMNS if name not in table]:
+        if missing := [name for name in _COLUMNS if name not in table]:
             raise ValueError(f"columns are missing: {missing}")
         if table.empty:
             raise ValueError("there is no row")
