@@ -1,7 +1,7 @@
 """Bit-widths by integer programming on a sensitivity table, under BitOPs and size limits."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import product
 from math import inf, isfinite
@@ -211,6 +211,7 @@ def assignment(
     size: float = inf,
     base: BitConfig | None = None,
     pairs: str = "none",
+    smooth: bool = True,
     rounds: int = 0,
     radius: int = 4,
     ties: Ties = (),
@@ -221,26 +222,30 @@ def assignment(
     Returns the base, then the solution, then one step for each further round that lowers the error;
     the last step is the result. `error`: of a configuration, such as `batch_error`. `budget`:
     BitOPs per image. `size`: bytes of weights. `base`, `pairs`, `ties`: as in
-    `measure_sensitivity`. `rounds`: how often, at most, to measure the table again around the
+    `measure_sensitivity`. `smooth`: solve the smoothed table, as `Sensitivity.smooth` says, or the
+    changes as measured. `rounds`: how often, at most, to measure the table again around the
     solution and change at most `radius` layers. `equal_bits`: as in `solve`. Raises ValueError as
     these do, and if the error of the solution is not finite.
     """
-    error = cache(without_nan(error))
-    limits = dict(size=size, equal_bits=equal_bits)
     check_count("rounds", rounds, 0)
     check_limits(supernet, budget, size)
-    table = measure_sensitivity(supernet, error, base, pairs=pairs, ties=ties)
+    error = cache(without_nan(error))
 
-    def step(config: BitConfig) -> Step:
+    def measure(base: BitConfig | None) -> Sensitivity:
+        table = measure_sensitivity(supernet, error, base, pairs=pairs, ties=ties)
+        return table.smooth() if smooth else table
+
+    def step(table: Sensitivity, **near) -> Step:
+        config = solve(supernet, table, budget, size=size, equal_bits=equal_bits, **near)
         return Step(config, error(config), bitops(supernet.table, config))
 
-    path = [step(table.base), step(solve(supernet, table, budget, **limits))]
+    table = measure(base)
+    path = [Step(table.base, table.error, bitops(supernet.table, table.base)), step(table)]
     if path[-1].error == inf:
         raise ValueError("the error of the solution is NaN or infinite: start from another base")
     for _ in range(rounds):
         now = path[-1]
-        table = measure_sensitivity(supernet, error, now.config, pairs=pairs, ties=ties)
-        found = step(solve(supernet, table, budget, **limits, near=now.config, radius=radius))
+        found = step(measure(now.config), near=now.config, radius=radius)
         if not found.error < now.error:
             break
         path.append(found)
@@ -251,14 +256,28 @@ def front(
     supernet: Supernet,
     error: Error,
     budgets: Iterable[float],
-    tables: Sequence[Sensitivity],
-    **demands,
+    table: Sensitivity | None = None,
+    *,
+    size: float = inf,
+    smooth: bool = True,
+    ties: Ties = (),
+    equal_bits: bool = False,
 ) -> list[Step]:
-    """Returns the best configuration within each budget, by tables that serve all budgets."""
-    error = cache(without_nan(error))
-    budgets, known = list(budgets), []
-    for budget, table in product(budgets, tables):
-        config = solve(supernet, table, budget, **demands)
+    """Assigns bit-widths for each budget from one table; returns the best known step for each.
+
+    `budgets`: BitOPs per image. `table`: from `measure_sensitivity`, of the same ties; None
+    measures it from its default base. Each solution is evaluated once. A budget takes that with the
+    lowest error of all solutions within it, so that the error never rises with the budget. The
+    other parameters are as in `assignment`. Raises ValueError as `solve` does.
+    """
+    error, budgets = cache(without_nan(error)), list(budgets)
+    for budget in budgets:
+        check_limits(supernet, budget, size)
+    table = table or measure_sensitivity(supernet, error, ties=ties)
+    table = table.smooth() if smooth else table
+    known = []
+    for budget in budgets:
+        config = solve(supernet, table, budget, size=size, equal_bits=equal_bits)
         known.append(Step(config, error(config), bitops(supernet.table, config)))
     within = ([step for step in known if step.bitops <= budget] for budget in budgets)
     return [min(steps, key=lambda step: step.error) for steps in within]

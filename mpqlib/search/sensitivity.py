@@ -1,11 +1,12 @@
 """How the error changes when one bit-width of one layer changes: a table that is a file."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise, product
 from math import inf, isfinite
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 from pandas.errors import EmptyDataError, ParserError
@@ -19,6 +20,9 @@ from .moves import BIT_WIDTHS, Move, apply_moves
 PAIRS = ("none", "layers", "neighbours")
 _COLUMNS = ["layer", "part", "base_bits", "bits", "error", "change", "base_error", "input_of"]
 _OTHER = ["other_layer", "other_part", "other_base_bits", "other_bits"]  # of a pair of changes
+
+# The least slope of a smoothed table, as a share of the mean slope: more bits never harm.
+LEAST_SLOPE = 0.1
 
 Ties = Sequence[Sequence[str]]  # groups of layers that share their activation bits
 
@@ -75,6 +79,37 @@ class Sensitivity:
         together = [pair for pair in self.pairs if made.issuperset(pair)]
         changes = [self.change(move) for move in sorted(made)]
         return self.error + sum(changes) + sum(self.interaction(*pair) for pair in together)
+
+    def smooth(self) -> "Sensitivity":
+        """Returns a table in which the error falls with the rounding noise of each bit-width.
+
+        Its changes are slope x (4^-bits - 4^-base bits): the power of rounding noise falls by four
+        for each bit, and a small noise adds to the loss in proportion. The slope of each layer's
+        weights and activations is fitted by least squares to their finite changes, and is at least
+        LEAST_SLOPE of the mean size of all slopes. On a small batch most changes are smaller than
+        their noise; a solver would pick the luckiest ones. Interactions stay as measured.
+        """
+        slopes = {place: self._fit_slope(*place) for place, _ in _places(self.base)}
+        least = LEAST_SLOPE * mean(map(abs, slopes.values()))
+
+        def smooth_change(move: Move) -> float:
+            slope = max(slopes[move.layer, move.part], least)
+            return slope * _added_noise(move) if isfinite(self.change(move)) else inf
+
+        errors = {
+            moves: self.error
+            + sum(map(smooth_change, moves))
+            + (self.interaction(*moves) if len(moves) == 2 else 0)
+            for moves in self.errors
+        }
+        return replace(self, errors=errors)
+
+    def _fit_slope(self, layer: str, part: str) -> float:
+        """Change of the error for each unit of rounding noise, by least squares; 0 if unknown."""
+        moves = [ms[0] for ms in self.errors if len(ms) == 1 and ms[0][:2] == (layer, part)]
+        points = [(_added_noise(m), self.change(m)) for m in moves if isfinite(self.change(m))]
+        power = sum(noise**2 for noise, _ in points)
+        return sum(noise * change for noise, change in points) / power if points else 0.0
 
     @cached_property
     def candidates(self) -> dict[str, Candidates]:
@@ -173,6 +208,11 @@ class Sensitivity:
             ) from None
 
 
+def _added_noise(move: Move) -> float:
+    """Power of the rounding noise that a move adds, in squared units of the largest value."""
+    return 4.0**-move.after - 4.0**-move.before
+
+
 def _places(config: BitConfig) -> Iterator[tuple[tuple[str, str], int]]:
     """Yields layer and part, with the bits that they have in `config`."""
     for name, bits in config.items():
@@ -201,6 +241,35 @@ def _check_columns(table: pd.DataFrame) -> None:
     at_base = table["bits"] == table["base_bits"]
     if not (table.loc[at_base, "error"] == base.iloc[0]).all():
         raise ValueError("the error of a row without a change is not 'base_error'")
+
+
+def pool_tables(tables: Sequence[Sensitivity]) -> Sensitivity:
+    """Returns the mean of tables from several bases, as changes of the first one's base.
+
+    Each table says what every bit-width changes against the first base's; these changes are
+    averaged. Pairs of changes are left out. Raises ValueError if there is no table, or if they are
+    not of the same network and ties.
+    """
+    if not tables:
+        raise ValueError("tables is empty: pass one or more")
+    first = tables[0]
+    if any((t.candidates, t.ties) != (first.candidates, first.ties) for t in tables):
+        raise ValueError("tables are not of the same layers, candidates and ties")
+
+    def change(table: Sensitivity, layer: str, part: str, bits: int) -> float:
+        now = getattr(table.base[layer], part)
+        return 0.0 if bits == now else table.change(Move(layer, part, now, bits))
+
+    def mean_change(move: Move) -> float:
+        place = move.layer, move.part
+        after = [change(table, *place, move.after) for table in tables]
+        before = [change(table, *place, move.before) for table in tables]
+        # An infinite error stays infinite: it has no difference.
+        return mean(a - b if isfinite(b) else inf for a, b in zip(after, before, strict=True))
+
+    singles = [moves for moves in first.errors if len(moves) == 1]
+    errors = {moves: first.error + mean_change(*moves) for moves in singles}
+    return replace(first, errors=errors)
 
 
 def check_ties(ties: Ties, base: BitConfig) -> tuple[tuple[str, ...], ...]:

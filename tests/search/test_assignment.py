@@ -3,9 +3,11 @@
 import itertools
 import random
 import re
+import statistics
 from dataclasses import replace
 from math import inf, isclose, nan
 
+import numpy
 import pytest
 from conftest import images
 from hypothesis import assume, given, settings
@@ -16,7 +18,7 @@ from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops, model_size
 from mpqlib.search.assignment import assignment, front, solve
 from mpqlib.search.error import batch_error
-from mpqlib.search.sensitivity import PAIRS, Sensitivity, measure_sensitivity
+from mpqlib.search.sensitivity import PAIRS, Sensitivity, measure_sensitivity, pool_tables
 
 THREE = st.tuples(st.integers(1, 50), st.sampled_from([((2, 3),) * 2, ((2, 4), (2, 6))]))
 THREE_LAYERS = st.lists(THREE, min_size=3, max_size=3)
@@ -172,7 +174,7 @@ def test_search_finds_the_optimum_of_an_additive_error():
 
     stand = Stand((9, 4, 6), [((2, 3, 4),) * 2] * 3)
     for budget in (130, 180, 250):
-        path = assignment(stand, error, budget, base=smallest(stand.candidates))
+        path = assignment(stand, error, budget, base=smallest(stand.candidates), smooth=False)
         best = min(error(c) for c in stand.every() if bitops(stand.table, c) <= budget)
         assert isclose(path[-1].error, best)
         assert path[-1].bitops == bitops(stand.table, path[-1].config) <= budget
@@ -194,22 +196,72 @@ def test_further_rounds_keep_the_budget_and_only_lower_the_error(layers, seed, s
     assert all(step.bitops <= budget for step in path[1:])
 
 
-def test_front_is_the_best_of_all_tables_within_each_budget():
-    stand, error = Stand((9, 4, 6), [((2, 3, 4),) * 2] * 3), made_up_error(0)
-    tables = [measure_sensitivity(stand, error, e(stand.candidates)) for e in (smallest, largest)]
+@pytest.mark.parametrize("smooth", [True, False])
+def test_front_solves_all_budgets_from_one_table(smooth):
+    stand, error = Stand((9, 4, 6), [((2, 3, 4),) * 2] * 3), random_error(0)
+    table = measure_sensitivity(stand, error, largest(stand.candidates))
     budgets, asked = [90, 120, 200, 304], []
 
     def counted(config):
         asked.append(config)
         return error(config)
 
-    steps = front(stand, counted, iter(budgets), tables)
-    assert len(asked) <= len(budgets) * len(tables)
+    steps = front(stand, counted, iter(budgets), table, smooth=smooth)
+    assert len(asked) <= len(budgets)
+    used = table.smooth() if smooth else table
+    solved = {b: solve(stand, used, b) for b in budgets}
     for budget, step in zip(budgets, steps, strict=True):
-        single = [error(solve(stand, table, budget)) for table in tables]
-        assert step.error == error(step.config) <= min(single)
+        assert step.error == min(error(solved[b]) for b in budgets if b <= budget)
+        assert step.error == error(step.config)
         assert step.bitops == bitops(stand.table, step.config) <= budget
-    assert [step.error for step in steps] == sorted((s.error for s in steps), reverse=True)
+
+
+def test_smoothed_changes_follow_the_noise_of_rounding():
+    stand = Stand((9, 4, 6), [((2, 3, 4, 6),) * 2] * 3)
+    slopes = {
+        (n, k): i + 1.0 for i, (n, k) in enumerate(itertools.product(stand.candidates, (0, 1)))
+    }
+
+    def noise_power(config):
+        return sum(slopes[n, k] * 4.0 ** -config[n][k] for n in config for k in (0, 1))
+
+    base = largest(stand.candidates).replace("l1", (3, 4))
+    exact = measure_sensitivity(stand, noise_power, base)
+    assert all(isclose(exact.smooth().predict(c), noise_power(c)) for c in stand.every()[::7])
+    # From errors with noise: the least-squares slope, and a little at the least
+    noisy = measure_sensitivity(stand, random_error(1), base)
+    fitted = {}
+    for name, part in itertools.product(base, ("weight", "act")):
+        rows = noisy.to_frame().query("layer == @name and part == @part")
+        added = (0.25 ** rows["bits"] - 0.25 ** rows["base_bits"]).to_numpy()[:, None]
+        fitted[name, part] = float(numpy.linalg.lstsq(added, rows["change"], rcond=None)[0][0])
+    least = 0.1 * statistics.mean(map(abs, fitted.values()))
+    for row in noisy.smooth().to_frame().itertuples():
+        slope = max(fitted[row.layer, row.part], least)
+        assert isclose(row.change, slope * (0.25**row.bits - 0.25**row.base_bits), abs_tol=1e-9)
+    # So the most bits are best where they cost nothing
+    assert solve(stand, noisy.smooth()) == largest(stand.candidates)
+
+
+def test_pooled_tables_are_exact_for_additive_errors_and_average_the_others():
+    stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
+    bases = [end(stand.candidates) for end in (smallest, largest)]
+
+    def additive(config):
+        return sum(1 / (i + w) + 1 / (2 * i + a) for i, (w, a) in enumerate(config.values()))
+
+    table = pool_tables([measure_sensitivity(stand, additive, base) for base in bases])
+    assert all(isclose(table.predict(c), additive(c)) for c in stand.every())
+    error = random_error(0)
+    low, high = (measure_sensitivity(stand, error, base) for base in bases)
+    config = bases[0].replace("l0", (3, 2))
+    from_high = error(bases[1].replace("l0", (3, 4))) - error(bases[1].replace("l0", (2, 4)))
+    mean = (error(config) - error(bases[0]) + from_high) / 2
+    assert isclose(pool_tables([low, high]).predict(config), error(bases[0]) + mean)
+    other = measure_sensitivity(Stand((9,), [((2, 3),) * 2]), error, BitConfig.of({"l0": (2, 2)}))
+    for tables, message in ([], "tables is empty"), ([low, other], "not of the same layers"):
+        with pytest.raises(ValueError, match=message):
+            pool_tables(tables)
 
 
 def test_no_choice_leads_to_an_error_that_is_not_finite():
@@ -239,7 +291,7 @@ def test_a_solution_whose_error_is_not_finite_is_refused():
         return inf if total == 8 else total
 
     with pytest.raises(ValueError, match="error of the solution is NaN or infinite"):
-        assignment(stand, error, base=largest(stand.candidates))
+        assignment(stand, error, base=largest(stand.candidates), smooth=False)
 
 
 def table_of(pairs="none", ties=()):
