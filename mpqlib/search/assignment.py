@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import product
-from math import inf, isfinite
+from math import gcd, inf, isfinite
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -55,6 +55,16 @@ class Program:
         if found.status not in (0, 2):  # 2: infeasible
             raise RuntimeError(f"the integer program was not solved: {found.message}")
         return found.x
+
+
+def add_limit(program: Program, terms: Mapping[int, int], limit: float) -> None:
+    """Adds sum of coefficient x variable <= limit, for variables that are all 0 or 1.
+
+    The sum is a multiple of the coefficients' greatest common divisor. So a limit half of it above
+    the last multiple allowed keeps the solver's tolerance away from what decides.
+    """
+    unit = gcd(*terms.values())
+    program.add_row(terms, high=(limit // unit + 0.5) * unit)
 
 
 Choices = dict[str, dict[Bits, int]]  # layer -> bits -> variable: whether the layer has these bits
@@ -108,12 +118,12 @@ def add_bitops(program: Program, supernet: Supernet, choices: Choices, budget: f
         for info in supernet.table
         for bits, index in choices[info.name].items()
     }
-    program.add_row(terms, high=budget)
+    add_limit(program, terms, budget)
 
 
 def add_size(program: Program, supernet: Supernet, choices: Choices, size: float) -> None:
     """Limits the bytes of the weights; shared weights count once for each width in use."""
-    terms: dict[int, float] = {}
+    terms: dict[int, int] = {}
     users = defaultdict(list)
     for info in supernet.table:
         users[info.tied_to or info.name].append(info)
@@ -123,8 +133,8 @@ def add_size(program: Program, supernet: Supernet, choices: Choices, size: float
             for info in layers:
                 using = _with(choices[info.name], "weight", weight)
                 program.add_row(_sum(*using) | {stored: -1.0}, high=0)
-            terms[stored] = layers[0].weights * weight / 8
-    program.add_row(terms, high=size)
+            terms[stored] = layers[0].weights * weight  # bits
+    add_limit(program, terms, 8 * size)
 
 
 def add_interactions(program: Program, table: Sensitivity, choices: Choices) -> None:
