@@ -10,13 +10,13 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from ..network.bits import BitConfig, Bits, check_config
+from ..network.bits import BitConfig, Bits, check_config, largest
 from ..network.cost import bitops, layer_bitops
 from ..network.supernet import Supernet
 from .error import Error, without_nan
 from .limits import check_count, check_limits, describe_costs, used_share
 from .moves import Step
-from .sensitivity import Sensitivity, Ties, measure_sensitivity
+from .sensitivity import Sensitivity, Ties, measure_sensitivity, pool_tables
 
 
 class Program:
@@ -213,6 +213,16 @@ def solve(
     raise ValueError(f"no configuration is within {describe_costs(budget, size)}{demands}")
 
 
+def quick_table(supernet: Supernet, error: Error, ties: Ties = ()) -> Sensitivity:
+    """Measures the table that `front` uses: smoothed sparse tables of 3 bits and the largest bits.
+
+    It takes two passes for each layer's weights and activations.
+    """
+    bases = supernet.uniform(3), largest(supernet.candidates)
+    tables = [measure_sensitivity(supernet, error, b, sparse=True, ties=ties) for b in bases]
+    return pool_tables([table.smooth() for table in tables])
+
+
 def assignment(
     supernet: Supernet,
     error: Error,
@@ -232,7 +242,8 @@ def assignment(
     Returns the base, then the solution, then one step for each further round that lowers the error;
     the last step is the result. `error`: of a configuration, such as `batch_error`. `budget`:
     BitOPs per image. `size`: bytes of weights. `base`, `pairs`, `ties`: as in
-    `measure_sensitivity`. `smooth`: solve the smoothed table, as `Sensitivity.smooth` says, or the
+    `measure_sensitivity`, but None is `quick_table`, from two bases, if the table is smoothed and
+    has no pairs. `smooth`: solve the smoothed table, as `Sensitivity.smooth` says, or the
     changes as measured. `rounds`: how often, at most, to measure the table again around the
     solution and change at most `radius` layers. `equal_bits`: as in `solve`. Raises ValueError as
     these do, and if the error of the solution is not finite.
@@ -242,6 +253,8 @@ def assignment(
     error = cache(without_nan(error))
 
     def measure(base: BitConfig | None) -> Sensitivity:
+        if base is None and smooth and pairs == "none":
+            return quick_table(supernet, error, ties)
         table = measure_sensitivity(supernet, error, base, pairs=pairs, ties=ties)
         return table.smooth() if smooth else table
 
@@ -275,15 +288,15 @@ def front(
 ) -> list[Step]:
     """Assigns bit-widths for each budget from one table; returns the best known step for each.
 
-    `budgets`: BitOPs per image. `table`: from `measure_sensitivity`, of the same ties; None
-    measures it from its default base. Each solution is evaluated once. A budget takes that with the
+    `budgets`: BitOPs per image. `table`: from `measure_sensitivity`, of the same ties; None is
+    `quick_table`. Each solution is evaluated once. A budget takes that with the
     lowest error of all solutions within it, so that the error never rises with the budget. The
     other parameters are as in `assignment`. Raises ValueError as `solve` does.
     """
     error, budgets = cache(without_nan(error)), list(budgets)
     for budget in budgets:
         check_limits(supernet, budget, size)
-    table = table or measure_sensitivity(supernet, error, ties=ties)
+    table = table or quick_table(supernet, error, ties)
     table = table.smooth() if smooth else table
     known = []
     for budget in budgets:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise, product
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from pathlib import Path
 from statistics import mean
 
@@ -41,8 +41,8 @@ class Sensitivity:
 
     `base`: the configuration. `error`: its error. `errors`: after each change of one bit-width, and
     after those changes of two that were measured, in the network's order; infinite where the error
-    is not a finite number. `ties`: groups of layers that share their activation bits. A change of
-    one such layer changes all of its group.
+    is not a finite number, NaN where it was not measured. `ties`: groups of layers that share their
+    activation bits. A change of one such layer changes all of its group.
     """
 
     base: BitConfig
@@ -94,7 +94,7 @@ class Sensitivity:
 
         def smooth_change(move: Move) -> float:
             slope = max(slopes[move.layer, move.part], least)
-            return slope * _added_noise(move) if isfinite(self.change(move)) else inf
+            return inf if self.change(move) == inf else slope * _added_noise(move)
 
         errors = {
             moves: self.error
@@ -200,7 +200,9 @@ class Sensitivity:
         """Reads a file of `save`. Raises ValueError if it is damaged, or no such file."""
         try:
             # Python reads numbers exactly; pandas 2 is off by the last digit by default.
-            exactly = dict.fromkeys(("error", "change", "base_error"), float)
+            exactly = dict.fromkeys(
+                ("error", "change", "base_error"), lambda text: float(text or nan)
+            )
             return cls.from_frame(pd.read_csv(path, converters=exactly))
         except (ValueError, EmptyDataError, ParserError) as error:
             raise ValueError(
@@ -231,12 +233,12 @@ def _check_columns(table: pd.DataFrame) -> None:
         if not pd.api.types.is_integer_dtype(table[name]):
             raise ValueError(f"column {name!r} holds something else than whole numbers")
     for name in ("error", "change", "base_error"):
-        if not pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().any():
+        if not pd.api.types.is_numeric_dtype(table[name]):
             raise ValueError(f"column {name!r} holds something else than numbers")
     base = table["base_error"]
     if base.nunique() != 1 or not isfinite(base.iloc[0]):
         raise ValueError("column 'base_error' holds more than one value, or none that is finite")
-    if not (table["change"] == table["error"] - base).all():
+    if not table["change"].equals(table["error"] - base):
         raise ValueError("column 'change' is not 'error' minus 'base_error'")
     at_base = table["bits"] == table["base_bits"]
     if not (table.loc[at_base, "error"] == base.iloc[0]).all():
@@ -297,6 +299,7 @@ def measure_sensitivity(
     base: BitConfig | None = None,
     *,
     pairs: str = "none",
+    sparse: bool = False,
     ties: Ties = (),
 ) -> Sensitivity:
     """Measures the error after every change of one bit-width of one layer.
@@ -304,14 +307,18 @@ def measure_sensitivity(
     `error`: of a configuration, such as `batch_error`. `base`: the configuration to change; None is
     3 bits in every layer. `pairs`: changes of two bit-widths that are measured as well: "none",
     "layers" (weights and activations of one layer), or "neighbours" (also the weights, and the
-    activations, of two layers that follow each other, as in CLADO, arXiv 2307.05657). `ties`:
-    groups of layers that share their activation bits.
+    activations, of two layers that follow each other, as in CLADO, arXiv 2307.05657). `sparse`:
+    measure only the change with the most rounding noise, which is almost always that to the fewest
+    bits; other errors are NaN until the table is smoothed. `ties`: groups of layers that share
+    their activation bits.
 
     Starts at the last layer, so that few outputs change from one configuration to the next. Raises
     ValueError for a value that is not allowed, and if the error of the base is not finite.
     """
     if pairs not in PAIRS:
         raise ValueError(f"pairs={pairs!r} is not allowed: one of {PAIRS}")
+    if sparse and pairs != "none":
+        raise ValueError(f"sparse=True with pairs={pairs!r} is not allowed: pairs='none'")
     base = supernet.uniform(3) if base is None else base
     check_config("base", base, supernet.candidates)
     ties = check_ties(ties, base)
@@ -324,6 +331,10 @@ def measure_sensitivity(
     def moves_of(name: str, part: str) -> list[Move]:
         now, choices = getattr(base[name], part), getattr(supernet.candidates[name], part)
         return [Move(name, part, now, bits) for bits in choices if bits != now]
+
+    def is_left_out(move: Move) -> bool:
+        noises = [abs(_added_noise(m)) for m in moves_of(move.layer, move.part)]
+        return sparse and abs(_added_noise(move)) < max(noises)
 
     def expand(move: Move) -> list[Move]:
         group = group_of.get(move.layer, [move.layer]) if move.part == "act" else [move.layer]
@@ -340,7 +351,9 @@ def measure_sensitivity(
             for pair in product(moves_of(first, part), moves_of(second, part))
         ]
     measured = {
-        moves: error(apply_moves(base, [each for move in moves for each in expand(move)]))
+        moves: nan
+        if any(map(is_left_out, moves))
+        else error(apply_moves(base, [each for move in moves for each in expand(move)]))
         for moves in sorted(changes, key=lambda moves: -names.index(moves[0].layer))
     }
     return Sensitivity(base, at_base, {moves: measured[moves] for moves in changes}, ties)

@@ -315,6 +315,27 @@ def test_table_comes_back_from_its_file(tmp_path, pairs, ties):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_sparse_table_measures_the_noisiest_change_and_comes_back_from_its_file(tmp_path):
+    stand, asked = Stand((9, 4, 6), [((2, 3, 4),) * 2, ((3, 4, 6),) * 2, ((8,), (8,))]), []
+
+    def error(config):
+        asked.append(config)
+        return sum(4.0**-w + 2 * 4.0**-a for w, a in config.values())
+
+    base = BitConfig.of({"l0": (3, 3), "l1": (3, 4), "l2": (8, 8)})
+    sparse = measure_sensitivity(stand, error, base, sparse=True)
+    assert len(asked) == 1 + 4
+    rows = sparse.to_frame().query("bits != base_bits").dropna(subset="error")
+    measured = set(rows[["layer", "part", "bits"]].itertuples(index=False, name=None))
+    expected = {("l0", "weight", 2), ("l0", "act", 2), ("l1", "weight", 6), ("l1", "act", 3)}
+    assert measured == expected
+    smooth = sparse.smooth()
+    assert all(isclose(smooth.predict(c), error(c)) for c in stand.every())
+    sparse.save(file := tmp_path / "sensitivity.csv")
+    assert Sensitivity.load(file).to_frame().equals(sparse.to_frame())
+    assert Sensitivity.load(file).smooth() == smooth
+
+
 def damage(**columns):
     """Replaces the entry of the second row in some columns."""
 
@@ -341,7 +362,7 @@ def damage(**columns):
         (damage(part="bias"), "part is one of .*, not 'bias'"),
         (damage(bits=2.5), "'bits' holds something else than whole numbers"),
         (damage(error="high"), "could not convert string to float: 'high'"),
-        (damage(error="nan"), "'error' holds something else than numbers"),
+        (damage(error="nan"), "'change' is not 'error' minus 'base_error'"),
         (damage(error=3.0), "'change' is not 'error' minus 'base_error'"),
         (damage(base_error=3.0), "'base_error' holds more than one value"),
         (damage(base_bits=3), "a row without a change"),
@@ -371,6 +392,7 @@ def test_what_is_not_allowed_is_named():
     table = measure_sensitivity(stand, error, base)
     for arguments, message in [
         ((base, dict(pairs="all")), "pairs='all' is not allowed: one of"),
+        ((base, dict(pairs="layers", sparse=True)), "sparse=True with pairs='layers'"),
         ((uneven.replace("l0", (5, 5)), {}), "base.'l0'. is not allowed|base.'l0'.=Bits"),
         ((uneven, dict(ties=[("l0", "l1")])), "tied layers have different bits"),
         ((base, dict(ties=[("l0", "l9")])), "name no layer of this network: .'l9'"),
