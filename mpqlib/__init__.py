@@ -7,16 +7,20 @@ from .network.cost import bitops, bitops_at, check_budget, model_size
 from .network.supernet import Supernet
 from .report import plots, runs
 from .report.policy import load_policy, save_policy
+from .search.assignment import assignment, front
 from .search.error import batch_error
 from .search.greedy import greedy
+from .search.sensitivity import Sensitivity, measure_sensitivity
 from .training.evaluation import decoded, evaluate, recalibrate, select_device
 from .training.loop import TrainConfig, train
 from .training.step import one_shot_gradients
 
 __all__ = [
     "BitConfig",
+    "Sensitivity",
     "Supernet",
     "TrainConfig",
+    "assignment",
     "batch_error",
     "bitops",
     "bitops_at",
@@ -24,10 +28,12 @@ __all__ = [
     "data",
     "decoded",
     "evaluate",
+    "front",
     "greedy",
     "largest",
     "load_policy",
     "load_weights",
+    "measure_sensitivity",
     "model_size",
     "models",
     "one_shot_gradients",

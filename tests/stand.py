@@ -18,6 +18,15 @@ class Stand:
         self.table = [LayerInfo(f"l{i}", m, m, False, c) for i, (m, c) in enumerate(rows)]
         self.candidates = {info.name: info.candidates for info in self.table}
 
+    def uniform(self, bits):
+        """Every layer at `bits`, or at its nearest candidate."""
+        return BitConfig.of(
+            {
+                name: [min(choices, key=lambda b: (abs(b - bits), b)) for choices in pair]
+                for name, pair in self.candidates.items()
+            }
+        )
+
     def every(self):
         """All configurations."""
         choices = [itertools.product(*info.candidates) for info in self.table]

@@ -27,7 +27,7 @@ WINGS = {
         "evaluation",
         "loop",
     ],
-    "search": ["error", "limits", "moves", "greedy", "baselines"],
+    "search": ["error", "limits", "moves", "greedy", "baselines", "sensitivity", "assignment"],
     "report": ["intervals", "tables", "runs", "policy", "paper", "results", "claims", "plots"],
     "studies": [
         "train",

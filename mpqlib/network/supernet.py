@@ -29,6 +29,23 @@ class LayerInfo:
     input_of: str | None = None  # an earlier layer with the same input and activation quantizer
 
 
+def tied_inputs(table: Iterable[LayerInfo]) -> list[tuple[str, ...]]:
+    """Groups of layers that share their activation bits, because they read the same tensor."""
+    groups: dict[str, list[str]] = {}
+    for info in table:
+        if info.input_of:
+            groups.setdefault(info.input_of, [info.input_of]).append(info.name)
+    return [tuple(group) for group in groups.values()]
+
+
+def tie(config: BitConfig, table: Iterable[LayerInfo]) -> BitConfig:
+    """`config` in which each group of `tied_inputs` has the activation bits of its first layer."""
+    for first, *others in tied_inputs(table):
+        for name in others:
+            config = config.replace(name, config[name]._replace(act=config[first].act))
+    return config
+
+
 @dataclass(frozen=True)
 class FloatPart:
     """A part of the network that always computes in float: not in the layer table."""
@@ -247,14 +264,6 @@ class Supernet(nn.Module):
         return BitConfig.of(
             {n: (nearest(c.weight), nearest(c.act)) for n, c in self.candidates.items()}
         )
-
-    def tie(self, config: BitConfig) -> BitConfig:
-        """`config` with equal activation bits where layers share their input: the first one's."""
-        tied = {i.name: config[i.input_of].act for i in self.table if i.input_of}
-        if not tied:
-            return config
-        bits = {name: b._replace(act=tied.get(name, b.act)) for name, b in config.items()}
-        return BitConfig.of(bits)
 
     def check(self, config: BitConfig) -> None:
         """Raises ValueError if `config` misses a layer, names an unknown one or has unfit bits."""

@@ -13,10 +13,10 @@ from torch import Generator
 
 from ..network.bits import BitConfig, Candidates, check_bits, sample
 from ..network.cost import bitops
-from ..network.supernet import LayerInfo, Supernet
+from ..network.supernet import LayerInfo, Supernet, tie, tied_inputs
 from .error import Error, without_nan
-from .limits import check_limits
-from .moves import Step, possible_moves
+from .limits import check_count, check_limits
+from .moves import Move, Step, possible_moves
 
 MOST = 100_000  # configurations that `evaluate_all` evaluates
 TRIES = 20  # configurations drawn for each evaluation, because a small space may hold fewer
@@ -36,12 +36,16 @@ def fit_to_budget(
     as one fits. Raises ValueError if the smallest bits need more than `budget`.
     """
     check_limits(supernet, budget)
-    table, candidates = supernet.table, supernet.candidates
+    table = supernet.table
+
+    def moves(config: BitConfig) -> Iterator[Move]:
+        return possible_moves(config, supernet.candidates, ties=tied_inputs(table))
+
     while bitops(table, config) > budget:
-        down = [m for m in possible_moves(config, candidates) if m.after < m.before]
+        down = [m for m in moves(config) if m.after < m.before]
         config = next(shuffle(down, generator)).apply(config)
     while True:
-        up = [m for m in possible_moves(config, candidates) if m.after > m.before]
+        up = [m for m in moves(config) if m.after > m.before]
         larger = (move.apply(config) for move in shuffle(up, generator))
         fits = next((c for c in larger if bitops(table, c) <= budget), None)
         if fits is None:
@@ -65,11 +69,6 @@ def best_step(supernet: Supernet, known: Mapping[BitConfig, float], budget: floa
     return Step(best, fits[best], bitops(supernet.table, best))
 
 
-def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")
-
-
 def random_search(
     supernet: Supernet, error: Error, budget: float, evaluations: int, generator: Generator
 ) -> Step:
@@ -78,10 +77,11 @@ def random_search(
     `budget`: BitOPs per image. `evaluations`: number of different configurations, fewer if the
     space is small. Raises ValueError for a value that is not allowed, and if no error is finite.
     """
-    _check_count("evaluations", evaluations, 1)
+    check_count("evaluations", evaluations, 1)
     error, known = without_nan(error), {}
     for _ in range(TRIES * evaluations):
-        config = fit_to_budget(supernet, sample(supernet.candidates, generator), budget, generator)
+        drawn = tie(sample(supernet.candidates, generator), supernet.table)
+        config = fit_to_budget(supernet, drawn, budget, generator)
         if config not in known:
             known[config] = error(config)
         if len(known) >= evaluations:
@@ -127,8 +127,8 @@ def evolution(
     pymoo's genetic algorithm ends 0.03 [0.01, 0.05] lower, but needs nine more packages and an
     adapter longer than this function.
     """
-    _check_count("evaluations", evaluations, 1)
-    _check_count("population", population, 4)
+    check_count("evaluations", evaluations, 1)
+    check_count("population", population, 4)
     if not isinstance(mutation, Real) or not 0 <= mutation <= 1:
         raise ValueError(f"mutation={mutation!r} is not allowed: a number from 0 to 1")
     error, known = without_nan(error), {}
@@ -137,7 +137,7 @@ def evolution(
         if len(known) >= population:
             parents = sorted(known, key=known.__getitem__)[: population // 2]
             child = breed(parents, child, mutation, generator)
-        child = fit_to_budget(supernet, child, budget, generator)
+        child = fit_to_budget(supernet, tie(child, supernet.table), budget, generator)
         if child not in known:
             known[child] = error(child)
         if len(known) >= evaluations:
@@ -155,7 +155,8 @@ def evaluate_all(supernet: Supernet, error: Error) -> dict[BitConfig, float]:
         raise ValueError(f"{count:.3g} configurations are too many: at most {MOST}. Restrict them")
     error = without_nan(error)
     every = (dict(zip(choices, bits, strict=True)) for bits in itertools.product(*choices.values()))
-    return {config: error(config) for config in map(BitConfig.of, every)}
+    configs = dict.fromkeys(tie(BitConfig.of(bits), supernet.table) for bits in every)
+    return {config: error(config) for config in configs}
 
 
 def restrict(supernet: Supernet, layers: int, bits: Sequence[int], rest: int = 4) -> Supernet:
@@ -184,4 +185,12 @@ def restrict(supernet: Supernet, layers: int, bits: Sequence[int], rest: int = 4
 
     view = copy.copy(supernet)
     view.table = [replace(info, candidates=restrict_candidates(info)) for info in supernet.table]
+    acts = {info.name: info.candidates.act for info in view.table}
+    view.table = [
+        # Layers with other candidates than their neighbour's can share no activation bits.
+        info
+        if acts.get(info.input_of, acts[info.name]) == acts[info.name]
+        else replace(info, input_of=None)
+        for info in view.table
+    ]
     return view

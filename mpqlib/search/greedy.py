@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..network.bits import BitConfig, largest
 from ..network.cost import bitops
-from ..network.supernet import LayerInfo, Supernet
+from ..network.supernet import LayerInfo, Supernet, tied_inputs
 from .error import Error, without_nan
 from .limits import check_limits, check_start, used_share
 from .moves import BIT_WIDTHS, Errors, Move, Step, apply_moves, count_moves, possible_moves
@@ -99,7 +99,9 @@ def lower_bits(
         cost = partial(used_share, supernet.table, budget=target, size=size)
         while (now := cost(errors.now.config)) > 1:
             config = errors.now.config
-            moves = possible_moves(config, supernet.candidates, parts, up and ups > 0)
+            moves = possible_moves(
+                config, supernet.candidates, parts, up and ups > 0, tied_inputs(supernet.table)
+            )
             costs = {move: c for move in moves if (c := cost(move.apply(config))) != now}
             best = best_move(costs, errors, now, scores, exact)
             while (
@@ -134,7 +136,7 @@ def best_exchange(
     Only pairs that keep the limits count. Returns () if none promises a lower error than now.
     """
     config, now = errors.now.config, errors.now.error
-    moves = list(possible_moves(config, supernet.candidates))
+    moves = list(possible_moves(config, supernet.candidates, ties=tied_inputs(supernet.table)))
     errors.measure_unknown(moves, exact)
     ups = [move for move in moves if move.after > move.before]
     downs = [move for move in moves if move.after < move.before]

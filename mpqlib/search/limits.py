@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 
 from ..network.bits import BitConfig, check_config, smallest
 from ..network.cost import bitops, model_size
@@ -17,6 +17,12 @@ def used_share(
     The configuration keeps both limits if the share is at most 1.
     """
     return max(bitops(table, config) / budget, model_size(table, config) / size)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises ValueError unless `value`, the parameter `name`, is a whole number from `least` on."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")
 
 
 def describe_costs(budget: float, size: float) -> str:

@@ -22,16 +22,22 @@ class Step:
 
 
 class Move(NamedTuple):
-    """Changes one bit-width of one layer. `part`: "weight" or "act"."""
+    """Changes one bit-width of one layer. `part`: "weight" or "act".
+
+    `tied`: other layers that share this bit-width, so that it changes there, too.
+    """
 
     layer: str
     part: str
     before: int
     after: int
+    tied: tuple[str, ...] = ()
 
     def apply(self, config: BitConfig) -> BitConfig:
         """Returns `config` with this bit-width changed."""
-        return config.replace(self.layer, config[self.layer]._replace(**{self.part: self.after}))
+        for name in (self.layer, *self.tied):
+            config = config.replace(name, config[name]._replace(**{self.part: self.after}))
+        return config
 
     @property
     def reverse(self) -> "Move":
@@ -49,19 +55,26 @@ def possible_moves(
     candidates: Mapping[str, Candidates],
     parts: Sequence[str] = BIT_WIDTHS,
     up: bool = True,
+    ties: Iterable[Sequence[str]] = (),
 ) -> Iterator[Move]:
     """Yields every move from `config` to the next candidate below and, with `up`, above.
 
-    `parts`: the bit-widths that may change.
+    `parts`: the bit-widths that may change. `ties`: groups of layers that share their activation
+    bits; the first one's moves change all of them.
     """
+    tied = {first: tuple(others) for first, *others in ties}
+    following = {name for others in tied.values() for name in others}
     for name, bits in config.items():
         for part in parts:
+            if part == "act" and name in following:
+                continue
+            others = tied.get(name, ()) if part == "act" else ()
             choices, now = getattr(candidates[name], part), getattr(bits, part)
             at = choices.index(now)
             if at > 0:
-                yield Move(name, part, now, choices[at - 1])
+                yield Move(name, part, now, choices[at - 1], others)
             if up and at + 1 < len(choices):
-                yield Move(name, part, now, choices[at + 1])
+                yield Move(name, part, now, choices[at + 1], others)
 
 
 def count_moves(candidates: Mapping[str, Candidates]) -> int:

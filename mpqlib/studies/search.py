@@ -1,9 +1,9 @@
-"""Compare greedy search with random and evolutionary search, and the rules of greedy search."""
+"""Compare greedy search with assignment, random and evolutionary search, and its own rules."""
 
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,11 +18,14 @@ from ..network.bits import BitConfig
 from ..network.cost import bitops_at
 from ..network.supernet import Supernet
 from ..report.intervals import t_interval
+from ..report.plots import COLOURS
 from ..report.runs import measure
+from ..search.assignment import assignment, front
 from ..search.baselines import best_step, evaluate_all, evolution, random_search
 from ..search.error import Error, batch_error
 from ..search.greedy import greedy
-from ..search.moves import Step
+from ..search.moves import BIT_WIDTHS, Step
+from ..search.sensitivity import Sensitivity
 from ..training.evaluation import batch_norms, batch_statistics
 
 
@@ -116,29 +119,53 @@ def literal_error(supernet: Supernet, x: Tensor, y: Tensor):
     return error
 
 
+class CountedError:
+    """An error that counts how often it is asked."""
+
+    def __init__(self, error: Error):
+        self.error, self.passes = error, 0
+
+    def __call__(self, config: BitConfig) -> float:
+        self.passes += 1
+        return self.error(config)
+
+
+# Arms of `time_search`. "literal" is RFQuant's rule as the paper states it, with a whole pass for
+# each move at each step. "fast" is the default of `greedy`, "assignment" that of `assignment`.
+SEARCHES = {
+    "fast": greedy,
+    "literal": partial(greedy, rule="paper", exact=True),
+    "assignment": assignment,
+}
+
+
 def time_search(
     supernet: Supernet, x: Tensor, y: Tensor, level: float, arm: str
 ) -> tuple[BitConfig, dict[str, float]]:
     """Searches once; returns the configuration, its error, and seconds, passes and steps taken.
 
-    `level`: budget, as in `bitops_at`. `arm`: "fast" is the default of `greedy`. "literal" is
-    RFQuant's rule as the paper states it, with a whole pass for each move at each step.
+    `level`: budget, as in `bitops_at`. `arm`: one of SEARCHES.
     """
-    if arm not in ("fast", "literal"):
-        raise ValueError(f"arm={arm!r} is not allowed: 'fast' or 'literal'")
-    options = dict(rule="paper", exact=True) if arm == "literal" else {}
-    error = (literal_error if arm == "literal" else batch_error)(supernet, x, y)
-    budget, passes = bitops_at(supernet.table, level), 0
-
-    def counted_error(config: BitConfig) -> float:
-        nonlocal passes
-        passes += 1
-        return error(config)
-
+    if arm not in SEARCHES:
+        raise ValueError(f"arm={arm!r} is not allowed: one of {list(SEARCHES)}")
+    error = CountedError((literal_error if arm == "literal" else batch_error)(supernet, x, y))
     start = time.perf_counter()
-    path = greedy(supernet, counted_error, budget, **options)
-    costs = dict(seconds=time.perf_counter() - start, passes=passes, steps=len(path) - 1)
+    path = SEARCHES[arm](supernet, error, bitops_at(supernet.table, level))
+    costs = dict(seconds=time.perf_counter() - start, passes=error.passes, steps=len(path) - 1)
     return path[-1].config, {"error": path[-1].error} | costs
+
+
+def time_front(
+    supernet: Supernet, x: Tensor, y: Tensor, levels: Sequence[float]
+) -> tuple[list[BitConfig], dict[str, float]]:
+    """Assigns bits at all levels from one table; returns configurations, seconds and passes.
+
+    `levels`: budgets, as in `bitops_at`. Seconds and passes are of the table and all levels.
+    """
+    error, start = CountedError(batch_error(supernet, x, y)), time.perf_counter()
+    steps = front(supernet, error, [bitops_at(supernet.table, level) for level in levels])
+    costs = dict(seconds=time.perf_counter() - start, passes=error.passes)
+    return [step.config for step in steps], costs
 
 
 def compare_speed(
@@ -147,7 +174,7 @@ def compare_speed(
     y: Tensor,
     images: int,
     levels: Sequence[float],
-    arms: Sequence[str] = ("fast", "literal"),
+    arms: Sequence[str] = tuple(SEARCHES),
 ) -> list[dict]:
     """Times a search on the first `images` of x, y for each level and arm; returns one row each.
 
@@ -166,18 +193,20 @@ def compare_speed(
 def run_searches(
     supernet: Supernet, error: Error, budget: float, options: Mapping, seed: int
 ) -> dict[str, tuple[Step, int]]:
-    """Runs greedy search, then the others; returns their results and the number of evaluations.
+    """Runs each search; returns their results and the number of evaluations.
 
-    All have as many evaluations as the greedy search needs. `budget`: BitOPs per image.
-    `options`: of `greedy`.
+    Random and evolutionary search have as many evaluations as the greedy search needs. Assignment
+    evaluates its table and one solution. `budget`: BitOPs per image. `options`: of `greedy`.
     """
-    known = cache(error)
-    found = {"greedy": greedy(supernet, known, budget, **options)[-1]}
-    count = known.cache_info().currsize
+    found = {}
+    for name, search in {"assignment": assignment, "greedy": partial(greedy, **options)}.items():
+        asked = cache(error)
+        step = search(supernet, asked, budget)[-1]
+        found[name] = step, (count := asked.cache_info().currsize)
     for name, search in {"random": random_search, "evolution": evolution}.items():
         generator = torch.Generator().manual_seed(seed)
-        found[name] = search(supernet, error, budget, count, generator)
-    return {name: (step, count) for name, step in found.items()}
+        found[name] = search(supernet, error, budget, count, generator), count
+    return found
 
 
 def measure_front(
@@ -252,4 +281,32 @@ def front_plot(rows: pd.DataFrame, value: str, label: str) -> Figure:
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
     axis.minorticks_off()
     axis.legend(frameon=False)
+    return figure
+
+
+def sensitivity_plot(table: Sensitivity) -> Figure:
+    """Draws how the error changes when one layer's bits change: weights above, activations below.
+
+    `table`: from `measure_sensitivity`. Layers in which all changes are missing have no choice.
+    """
+    rows = table.to_frame()
+    rows = rows[rows["other_layer"].isna()] if "other_layer" in rows else rows
+    names = list(table.base)
+    size = (max(6, 1 + 0.33 * len(names)), 6)
+    figure, axes = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
+    widths = sorted(rows.loc[rows["bits"] != rows["base_bits"], "bits"].unique())
+    for axis, part, what in zip(axes, BIT_WIDTHS, ("weights", "activations"), strict=True):
+        for i, bits in enumerate(widths):
+            chosen = rows[(rows["part"] == part) & (rows["bits"] == bits)]
+            chosen = chosen[chosen["bits"] != chosen["base_bits"]]
+            shift = 0.15 * (i - (len(widths) - 1) / 2)  # bit-widths side by side
+            places = [names.index(name) + shift for name in chosen["layer"]]
+            axis.plot(places, chosen["change"], "o", color=COLOURS[bits], label=f"{bits} bits")
+        axis.axhline(0, color="0.6", linewidth=1)
+        axis.set(ylabel=f"change of the error (nats),\nbits of {what}")
+        axis.set_yscale("symlog", linthresh=0.01)
+    axes[1].set_xticks(range(len(names)), names, rotation=90)
+    axes[1].set_xlabel("layer, from input to output")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(widths), loc="outside upper center", frameon=False)
     return figure

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..data import InMemory
 from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
-from ..network.supernet import Supernet
+from ..network.supernet import Supernet, tie
 from .evaluation import move_channels_last, select_device
 from .optimization import (
     average_gradients,
@@ -315,7 +315,7 @@ class Run:
         if not isinstance(self.model, Supernet):
             return []
         paths = range(self.config.random_paths)
-        drawn = [self.model.tie(sample(self.candidates, self.generator)) for _ in paths]
+        drawn = [tie(sample(self.candidates, self.generator), self.model.table) for _ in paths]
         return [largest(self.candidates), *drawn]
 
     @cached_property

@@ -1,0 +1,359 @@
+"""How the error changes when one bit-width of one layer changes: a table that is a file."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import pairwise, product
+from math import inf, isfinite, nan
+from pathlib import Path
+from statistics import mean
+
+import pandas as pd
+from pandas.errors import EmptyDataError, ParserError
+
+from ..files import save_atomically
+from ..network.bits import BitConfig, Candidates, check_config
+from ..network.supernet import Supernet, tied_inputs
+from .error import Error, without_nan
+from .moves import BIT_WIDTHS, Move, apply_moves
+
+PAIRS = ("none", "layers", "neighbours")
+_COLUMNS = ["layer", "part", "base_bits", "bits", "error", "change", "base_error", "input_of"]
+_OTHER = ["other_layer", "other_part", "other_base_bits", "other_bits"]  # of a pair of changes
+
+# The least slope of a smoothed table, as a share of the mean slope: more bits never harm.
+LEAST_SLOPE = 0.1
+
+Ties = Sequence[Sequence[str]]  # groups of layers that share their activation bits
+
+
+def moves_between(before: BitConfig, after: BitConfig) -> Iterator[Move]:
+    """Yields a move for each bit-width that differs between two configurations."""
+    for name in before:
+        for part, old, new in zip(BIT_WIDTHS, before[name], after[name], strict=True):
+            if old != new:
+                yield Move(name, part, old, new)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Errors after single changes of a base configuration.
+
+    `base`: the configuration. `error`: its error. `errors`: after each change of one bit-width, and
+    after those changes of two that were measured, in the network's order; infinite where the error
+    is not a finite number, NaN where it was not measured. `ties`: groups of layers that share their
+    activation bits. A change of one such layer changes all of its group.
+    """
+
+    base: BitConfig
+    error: float
+    errors: Mapping[tuple[Move, ...], float]
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    def change(self, *moves: Move) -> float:
+        """Error after the moves, minus the error of the base."""
+        return self.errors[moves] - self.error
+
+    def interaction(self, first: Move, second: Move) -> float:
+        """What two changes do together beyond the sum of what they do alone (CLADO)."""
+        alone = self.change(first) + self.change(second)
+        return self.change(first, second) - alone if isfinite(alone) else 0.0
+
+    @cached_property
+    def pairs(self) -> list[tuple[Move, Move]]:
+        """The measured changes of two bit-widths."""
+        return [moves for moves in self.errors if len(moves) == 2]
+
+    @cached_property
+    def input_of(self) -> dict[str, str]:
+        """Layer -> the first layer of its group, for layers that follow another in a group."""
+        return {name: group[0] for group in self.ties for name in group[1:]}
+
+    def predict(self, config: BitConfig) -> float:
+        """Predicts an error: that of the base, plus each change, plus the known interactions."""
+        made = {
+            move
+            for move in moves_between(self.base, config)
+            if move.part == "weight" or move.layer not in self.input_of
+        }
+        together = [pair for pair in self.pairs if made.issuperset(pair)]
+        changes = [self.change(move) for move in sorted(made)]
+        return self.error + sum(changes) + sum(self.interaction(*pair) for pair in together)
+
+    def smooth(self) -> "Sensitivity":
+        """Returns a table in which the error falls with the rounding noise of each bit-width.
+
+        Its changes are slope x (4^-bits - 4^-base bits): the power of rounding noise falls by four
+        for each bit, and a small noise adds to the loss in proportion. The slope of each layer's
+        weights and activations is fitted by least squares to their finite changes, and is at least
+        LEAST_SLOPE of the mean size of all slopes. On a small batch most changes are smaller than
+        their noise; a solver would pick the luckiest ones. Interactions stay as measured.
+        """
+        slopes = {place: self._fit_slope(*place) for place, _ in _places(self.base)}
+        least = LEAST_SLOPE * mean(map(abs, slopes.values()))
+
+        def smooth_change(move: Move) -> float:
+            slope = max(slopes[move.layer, move.part], least)
+            return inf if self.change(move) == inf else slope * _added_noise(move)
+
+        errors = {
+            moves: self.error
+            + sum(map(smooth_change, moves))
+            + (self.interaction(*moves) if len(moves) == 2 else 0)
+            for moves in self.errors
+        }
+        return replace(self, errors=errors)
+
+    def _fit_slope(self, layer: str, part: str) -> float:
+        """Change of the error for each unit of rounding noise, by least squares; 0 if unknown."""
+        moves = [ms[0] for ms in self.errors if len(ms) == 1 and ms[0][:2] == (layer, part)]
+        points = [(_added_noise(m), self.change(m)) for m in moves if isfinite(self.change(m))]
+        power = sum(noise**2 for noise, _ in points)
+        return sum(noise * change for noise, change in points) / power if points else 0.0
+
+    @cached_property
+    def candidates(self) -> dict[str, Candidates]:
+        """Layer name -> candidates that the table covers."""
+        offered = {place: [bits] for place, bits in _places(self.base)}
+        for moves in self.errors:
+            if len(moves) == 1:
+                offered[moves[0][:2]].append(moves[0].after)
+        return {
+            name: Candidates(*(tuple(sorted(offered[name, part])) for part in BIT_WIDTHS))
+            for name in self.base
+        }
+
+    def check(self, supernet: Supernet) -> None:
+        """Raises ValueError if the table does not have the layers and candidates of `supernet`."""
+        check_config("base", self.base, supernet.candidates)
+        for name, own in self.candidates.items():
+            if own != supernet.candidates[name]:
+                raise ValueError(
+                    f"the sensitivity table has {own} of layer {name!r}, the supernet has "
+                    f"{supernet.candidates[name]}: measure the table again"
+                )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each candidate of each bit-width, the base's included, then the pairs."""
+        changed = {moves: error for moves, error in self.errors.items() if len(moves) == 1}
+        rows = []
+        for (name, part), now in _places(self.base):
+            for bits in getattr(self.candidates[name], part):
+                error = changed.get((Move(name, part, now, bits),), self.error)
+                rows.append((name, part, now, bits, error))
+        table = pd.DataFrame(rows, columns=_COLUMNS[:5])
+        if self.pairs:
+            pairs = [(*a[:4], *b[:4], self.errors[a, b]) for a, b in self.pairs]
+            pairs = pd.DataFrame(pairs, columns=_COLUMNS[:4] + _OTHER + ["error"])
+            table = pd.concat([table, pairs], ignore_index=True).astype(
+                dict.fromkeys(_OTHER[2:], "Int64")
+            )
+        table["change"] = table["error"] - self.error
+        table["base_error"] = self.error
+        follows = [self.input_of.get(n) for n in table["layer"]]
+        is_act = table["part"] == "act"
+        table["input_of"] = pd.Series(follows, index=table.index, dtype=object).where(is_act, None)
+        return table[_COLUMNS + (_OTHER if self.pairs else [])]
+
+    @classmethod
+    def from_frame(cls, table: pd.DataFrame) -> "Sensitivity":
+        """Reads a table of `to_frame`. Raises ValueError if it is not one."""
+        if missing := [name for name in _COLUMNS if name not in table]:
+            raise ValueError(f"columns are missing: {missing}")
+        if table.empty:
+            raise ValueError("there is no row")
+        _check_columns(table)
+        error = float(table["base_error"].iloc[0])
+        paired = table["other_layer"].notna() if "other_layer" in table else table["layer"].isna()
+        errors, base = {}, {}
+        for row in table[~paired].itertuples(index=False):
+            move = Move(row.layer, row.part, row.base_bits, row.bits)
+            if base.setdefault(move[:2], move.before) != move.before or (move,) in errors:
+                raise ValueError(f"rows of layer {move.layer!r}, {move.part}, contradict another")
+            errors[(move,)] = row.error
+        for row in table[paired].itertuples(index=False):
+            first = Move(row.layer, row.part, row.base_bits, row.bits)
+            numbers = int(row.other_base_bits), int(row.other_bits)
+            second = Move(row.other_layer, row.other_part, *numbers)
+            if not {(first,), (second,)} <= errors.keys():
+                raise ValueError(f"a pair has a change without a row of its own: {first}, {second}")
+            errors[first, second] = row.error
+        names = list(dict.fromkeys(table["layer"]))
+        for place in product(names, BIT_WIDTHS):
+            if errors.pop((Move(*place, base.get(place), base.get(place)),), None) is None:
+                raise ValueError(f"a row is missing: {place} at the bits of the base")
+        base = BitConfig.of({n: (base[n, "weight"], base[n, "act"]) for n in names})
+        follows = table.loc[table["input_of"].notna(), ["layer", "input_of"]].drop_duplicates()
+        groups: dict[str, list[str]] = {}
+        for name, first in follows.itertuples(index=False):
+            groups.setdefault(first, [first]).append(name)
+        ties = check_ties([groups[first] for first in groups], base)
+        return cls(base, error, errors, ties)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table as a csv file, atomically."""
+        table = self.to_frame()
+        save_atomically(Path(path), lambda part: table.to_csv(part, index=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Sensitivity":
+        """Reads a file of `save`. Raises ValueError if it is damaged, or no such file."""
+        try:
+            # Python reads numbers exactly; pandas 2 is off by the last digit by default.
+            exactly = dict.fromkeys(
+                ("error", "change", "base_error"), lambda text: float(text or nan)
+            )
+            return cls.from_frame(pd.read_csv(path, converters=exactly))
+        except (ValueError, EmptyDataError, ParserError) as error:
+            raise ValueError(
+                f"{path} is no sensitivity table ({error}): measure it again"
+            ) from None
+
+
+def _added_noise(move: Move) -> float:
+    """Power of the rounding noise that a move adds, in squared units of the largest value."""
+    return 4.0**-move.after - 4.0**-move.before
+
+
+def _places(config: BitConfig) -> Iterator[tuple[tuple[str, str], int]]:
+    """Yields layer and part, with the bits that they have in `config`."""
+    for name, bits in config.items():
+        for part, width in zip(BIT_WIDTHS, bits, strict=True):
+            yield (name, part), width
+
+
+def _check_columns(table: pd.DataFrame) -> None:
+    """Raises ValueError for an entry that no sensitivity table has."""
+    for name in ("layer", "part"):
+        if table[name].isna().any():
+            raise ValueError(f"column {name!r} has empty entries")
+    if wrong := set(table["part"]) - set(BIT_WIDTHS):
+        raise ValueError(f"part is one of {BIT_WIDTHS}, not {sorted(map(str, wrong))[0]!r}")
+    for name in ("base_bits", "bits"):
+        if not pd.api.types.is_integer_dtype(table[name]):
+            raise ValueError(f"column {name!r} holds something else than whole numbers")
+    for name in ("error", "change", "base_error"):
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise ValueError(f"column {name!r} holds something else than numbers")
+    base = table["base_error"]
+    if base.nunique() != 1 or not isfinite(base.iloc[0]):
+        raise ValueError("column 'base_error' holds more than one value, or none that is finite")
+    if not table["change"].equals(table["error"] - base):
+        raise ValueError("column 'change' is not 'error' minus 'base_error'")
+    at_base = table["bits"] == table["base_bits"]
+    if not (table.loc[at_base, "error"] == base.iloc[0]).all():
+        raise ValueError("the error of a row without a change is not 'base_error'")
+
+
+def pool_tables(tables: Sequence[Sensitivity]) -> Sensitivity:
+    """Returns the mean of tables from several bases, as changes of the first one's base.
+
+    Each table says what every bit-width changes against the first base's; these changes are
+    averaged. Pairs of changes are left out. Raises ValueError if there is no table, or if they are
+    not of the same network and ties.
+    """
+    if not tables:
+        raise ValueError("tables is empty: pass one or more")
+    first = tables[0]
+    if any((t.candidates, t.ties) != (first.candidates, first.ties) for t in tables):
+        raise ValueError("tables are not of the same layers, candidates and ties")
+
+    def change(table: Sensitivity, layer: str, part: str, bits: int) -> float:
+        now = getattr(table.base[layer], part)
+        return 0.0 if bits == now else table.change(Move(layer, part, now, bits))
+
+    def mean_change(move: Move) -> float:
+        place = move.layer, move.part
+        after = [change(table, *place, move.after) for table in tables]
+        before = [change(table, *place, move.before) for table in tables]
+        # An infinite error stays infinite: it has no difference.
+        return mean(a - b if isfinite(b) else inf for a, b in zip(after, before, strict=True))
+
+    singles = [moves for moves in first.errors if len(moves) == 1]
+    errors = {moves: first.error + mean_change(*moves) for moves in singles}
+    return replace(first, errors=errors)
+
+
+def check_ties(ties: Ties, base: BitConfig) -> tuple[tuple[str, ...], ...]:
+    """Checks groups of layers that share their activation bits; returns them as tuples.
+
+    Raises ValueError for an unknown layer, a layer in two groups, and a `base` in which a group has
+    different bits.
+    """
+    groups = tuple(tuple(group) for group in ties)
+    names = [name for group in groups for name in group]
+    if unknown := [name for name in names if name not in base]:
+        raise ValueError(f"ties={ties!r} name no layer of this network: {unknown}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"ties={ties!r} are not allowed: {repeated} stand there more than once")
+    for group in groups:
+        if len({base[name].act for name in group}) > 1:
+            bits = {name: base[name].act for name in group}
+            raise ValueError(f"base is not allowed: tied layers have different bits: {bits}")
+    return groups
+
+
+def measure_sensitivity(
+    supernet: Supernet,
+    error: Error,
+    base: BitConfig | None = None,
+    *,
+    pairs: str = "none",
+    sparse: bool = False,
+    ties: Ties | None = None,
+) -> Sensitivity:
+    """Measures the error after every change of one bit-width of one layer.
+
+    `error`: of a configuration, such as `batch_error`. `base`: the configuration to change; None is
+    3 bits in every layer. `pairs`: changes of two bit-widths that are measured as well: "none",
+    "layers" (weights and activations of one layer), or "neighbours" (also the weights, and the
+    activations, of two layers that follow each other, as in CLADO, arXiv 2307.05657). `sparse`:
+    measure only the change with the most rounding noise, which is almost always that to the fewest
+    bits; other errors are NaN until the table is smoothed. `ties`: groups of layers that share
+    their activation bits; None is those that the supernet ties.
+
+    Starts at the last layer, so that few outputs change from one configuration to the next. Raises
+    ValueError for a value that is not allowed, and if the error of the base is not finite.
+    """
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs={pairs!r} is not allowed: one of {PAIRS}")
+    if sparse and pairs != "none":
+        raise ValueError(f"sparse=True with pairs={pairs!r} is not allowed: pairs='none'")
+    base = supernet.uniform(3) if base is None else base
+    check_config("base", base, supernet.candidates)
+    ties = check_ties(tied_inputs(supernet.table) if ties is None else ties, base)
+    error = cache(without_nan(error))
+    if (at_base := error(base)) == inf:
+        raise ValueError("the error of the base is NaN or infinite: check weights, images and loss")
+    group_of = {name: group for group in ties for name in group}
+    names = list(base)
+
+    def moves_of(name: str, part: str) -> list[Move]:
+        now, choices = getattr(base[name], part), getattr(supernet.candidates[name], part)
+        return [Move(name, part, now, bits) for bits in choices if bits != now]
+
+    def is_left_out(move: Move) -> bool:
+        noises = [abs(_added_noise(m)) for m in moves_of(move.layer, move.part)]
+        return sparse and abs(_added_noise(move)) < max(noises)
+
+    def expand(move: Move) -> list[Move]:
+        group = group_of.get(move.layer, [move.layer]) if move.part == "act" else [move.layer]
+        return [move._replace(layer=name) for name in group]
+
+    changes = [(move,) for n in names for part in BIT_WIDTHS for move in moves_of(n, part)]
+    if pairs != "none":
+        changes += [p for n in names for p in product(*(moves_of(n, w) for w in BIT_WIDTHS))]
+    if pairs == "neighbours":
+        changes += [
+            pair
+            for first, second in pairwise(names)
+            for part in BIT_WIDTHS
+            for pair in product(moves_of(first, part), moves_of(second, part))
+        ]
+    measured = {
+        moves: nan
+        if any(map(is_left_out, moves))
+        else error(apply_moves(base, [each for move in moves for each in expand(move)]))
+        for moves in sorted(changes, key=lambda moves: -names.index(moves[0].layer))
+    }
+    return Sensitivity(base, at_base, {moves: measured[moves] for moves in changes}, ties)

@@ -1,0 +1,425 @@
+"""The integer program against all configurations there are; the table, its file and its limits."""
+
+import itertools
+import random
+import re
+import statistics
+from dataclasses import replace
+from math import inf, isclose, nan
+
+import numpy
+import pytest
+from conftest import images
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from stand import SMALL_STANDS, STANDS, Stand, made_up_error
+
+from mpqlib.network.bits import BitConfig, largest, smallest
+from mpqlib.network.cost import bitops, model_size
+from mpqlib.search.assignment import assignment, front, solve
+from mpqlib.search.error import batch_error
+from mpqlib.search.sensitivity import PAIRS, Sensitivity, measure_sensitivity, pool_tables
+
+THREE = st.tuples(st.integers(1, 50), st.sampled_from([((2, 3),) * 2, ((2, 4), (2, 6))]))
+THREE_LAYERS = st.lists(THREE, min_size=3, max_size=3)
+
+
+def random_error(seed):
+    """An error without any structure, the same whenever a configuration is asked again."""
+    return lambda config: random.Random(f"{seed} {config.to_json()}").gauss(0, 1)
+
+
+def predict_literally(error, base, config, pairs, ties):
+    """The error by single changes and by pairs of changes, each computed anew from its meaning."""
+    group_of = {name: group for group in ties for name in group}
+    names = list(base)
+    places = [
+        (n, k)
+        for n in names
+        for k in (0, 1)
+        if config[n][k] != base[n][k] and (k == 0 or group_of.get(n, [n])[0] == n)
+    ]
+
+    def after(*changed):
+        bits = {n: list(pair) for n, pair in base.items()}
+        for name, k in changed:
+            for member in group_of.get(name, [name]) if k else [name]:
+                bits[member][k] = config[name][k]
+        return error(BitConfig.of(bits)) - error(base)
+
+    def is_measured(first, second):
+        if first[0] == second[0]:
+            return pairs != "none"
+        apart = names.index(second[0]) - names.index(first[0])
+        return pairs == "neighbours" and apart == 1 and first[1] == second[1]
+
+    alone = {place: after(place) for place in places}
+    together = [p for p in itertools.combinations(places, 2) if is_measured(*p)]
+    mixed = sum(after(a, b) - alone[a] - alone[b] for a, b in together)
+    return error(base) + sum(alone.values()) + mixed
+
+
+def bytes_literally(table, config):
+    """Size in bytes: each weight tensor once for each bit-width in use."""
+    widths = {}
+    for info in table:
+        widths.setdefault(info.tied_to or info.name, set()).add(config[info.name].weight)
+    weights = {info.name: info.weights for info in table}
+    return sum(weights[name] * b / 8 for name, used in widths.items() for b in used)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    THREE_LAYERS,
+    st.integers(0, 999),
+    st.sampled_from(PAIRS),
+    st.sampled_from([(), (("l0", "l1"),), (("l0", "l2"),), (("l0", "l1", "l2"),)]),
+    st.booleans(),
+    st.booleans(),
+    st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_solution_is_the_best_of_all_configurations(
+    layers, seed, pairs, ties, equal_bits, shared, shares
+):
+    stand, error = Stand(*zip(*layers, strict=True)), random_error(seed)
+    if shared:  # the first and the last layer share their weights
+        last = replace(stand.table[2], tied_to="l0", weights=stand.table[0].weights)
+        stand.table[2] = last
+    acts = [stand.candidates[n].act for n in ties[0]] if ties else []
+    assume(len(set(acts)) <= 1)
+    base = random.Random(seed).choice(
+        [c for c in stand.every() if all(len({c[n].act for n in g}) == 1 for g in ties)]
+    )
+    table = measure_sensitivity(stand, error, base, pairs=pairs, ties=ties)
+    limits = []
+    for cost, share in zip((bitops, bytes_literally), shares, strict=True):
+        low, high = (cost(stand.table, end(stand.candidates)) for end in (smallest, largest))
+        limits.append(low + share * (high - low))
+    budget, size = random.Random(seed).choice([limits, [limits[0], inf], [inf, limits[1]]])
+
+    def is_allowed(config):
+        costs = bitops(stand.table, config) <= budget, bytes_literally(stand.table, config) <= size
+        tied = all(len({config[n].act for n in group}) == 1 for group in ties)
+        equal = all(b.weight == b.act for b in config.values())
+        return all(costs) and tied and (equal or not equal_bits)
+
+    predicted = {
+        c: predict_literally(error, base, c, pairs, ties) for c in stand.every() if is_allowed(c)
+    }
+    found = solve(stand, table, budget, size=size, equal_bits=equal_bits)
+    assert isclose(predicted[found], min(predicted.values()), abs_tol=1e-9)
+    assert isclose(table.predict(found), predicted[found], abs_tol=1e-9)
+    assert solve(stand, table, budget, size=size, equal_bits=equal_bits) == found
+
+
+@settings(max_examples=30, deadline=None)
+@given(THREE_LAYERS, st.integers(0, 999), st.integers(0, 3), st.floats(0, 1))
+def test_solution_within_a_radius_is_the_best_within_it(layers, seed, radius, share):
+    stand, error = Stand(*zip(*layers, strict=True)), random_error(seed)
+    near = random.Random(seed).choice(stand.every())
+    low, high = bitops(stand.table, near), bitops(stand.table, largest(stand.candidates))
+    budget = low + share * (high - low)
+    table = measure_sensitivity(stand, error, near)
+    found = solve(stand, table, budget, near=near, radius=radius)
+    allowed = [
+        table.predict(c)
+        for c in stand.every()
+        if bitops(stand.table, c) <= budget and sum(c[n] != near[n] for n in c) <= radius
+    ]
+    assert isclose(table.predict(found), min(allowed), abs_tol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(STANDS, st.integers(0, 999))
+def test_table_holds_the_error_of_every_single_change(layers, seed):
+    stand, error, asked = Stand(*zip(*layers, strict=True)), random_error(seed), []
+
+    def counted(config):
+        asked.append(config)
+        return error(config)
+
+    base = smallest(stand.candidates)
+    rows = measure_sensitivity(stand, counted, base).to_frame()
+    assert len(asked) == len(set(asked)) == 1 + (rows["bits"] != rows["base_bits"]).sum()
+    for row in rows.itertuples():
+        bits = base[row.layer]._replace(**{row.part: row.bits})
+        assert row.base_bits == getattr(base[row.layer], row.part)
+        assert row.error == error(base.replace(row.layer, bits))
+        assert row.change == row.error - error(base)
+    offered = [len(choices) for pair in stand.candidates.values() for choices in pair]
+    assert len(rows) == sum(offered)
+    # From the last layer to the first, so that passes have most outputs in common
+    changed = [next(i for i, n in enumerate(c) if c[n] != base[n]) for c in asked[1:]]
+    assert changed == sorted(changed, reverse=True)
+
+
+def test_prediction_is_exact_for_errors_without_further_interactions():
+    stand = Stand((3, 5, 7), [((2, 3, 4),) * 2] * 3)
+
+    def within_layers(config):
+        return sum(w * a - 3 * w for w, a in config.values())
+
+    def between_neighbours(config):
+        pairs = itertools.pairwise(config.values())
+        return within_layers(config) + sum(a.weight / b.weight + a.act * b.act for a, b in pairs)
+
+    for error, pairs in ((within_layers, "layers"), (between_neighbours, "neighbours")):
+        table = measure_sensitivity(stand, error, largest(stand.candidates), pairs=pairs)
+        assert all(isclose(table.predict(c), error(c)) for c in stand.every())
+
+
+def test_search_finds_the_optimum_of_an_additive_error():
+    def error(config):
+        return sum(1 / (i + w) + 1 / (2 * i + a) for i, (w, a) in enumerate(config.values()))
+
+    stand = Stand((9, 4, 6), [((2, 3, 4),) * 2] * 3)
+    for budget in (130, 180, 250):
+        path = assignment(stand, error, budget, base=smallest(stand.candidates), smooth=False)
+        best = min(error(c) for c in stand.every() if bitops(stand.table, c) <= budget)
+        assert isclose(path[-1].error, best)
+        assert path[-1].bitops == bitops(stand.table, path[-1].config) <= budget
+
+
+@settings(max_examples=20, deadline=None)
+@given(SMALL_STANDS, st.integers(0, 999), st.floats(0, 1))
+def test_further_rounds_keep_the_budget_and_only_lower_the_error(layers, seed, share):
+    stand, error = Stand(*zip(*layers, strict=True)), random_error(seed)
+    low, high = (bitops(stand.table, end(stand.candidates)) for end in (smallest, largest))
+    budget, base = low + share * (high - low), largest(stand.candidates)
+    path = assignment(stand, error, budget, base=base, rounds=3, radius=1)
+    assert path[0].config == base
+    assert path[:2] == assignment(stand, error, budget, base=base)
+    for before, after in itertools.pairwise(path[1:]):
+        assert after.error < before.error
+        assert sum(after.config[n] != before.config[n] for n in base) <= 1
+    assert all(step.error == error(step.config) for step in path)
+    assert all(step.bitops <= budget for step in path[1:])
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_front_solves_all_budgets_from_one_table(smooth):
+    stand, error = Stand((9, 4, 6), [((2, 3, 4),) * 2] * 3), random_error(0)
+    table = measure_sensitivity(stand, error, largest(stand.candidates))
+    budgets, asked = [90, 120, 200, 304], []
+
+    def counted(config):
+        asked.append(config)
+        return error(config)
+
+    steps = front(stand, counted, iter(budgets), table, smooth=smooth)
+    assert len(asked) <= len(budgets)
+    used = table.smooth() if smooth else table
+    solved = {b: solve(stand, used, b) for b in budgets}
+    for budget, step in zip(budgets, steps, strict=True):
+        assert step.error == min(error(solved[b]) for b in budgets if b <= budget)
+        assert step.error == error(step.config)
+        assert step.bitops == bitops(stand.table, step.config) <= budget
+
+
+def test_smoothed_changes_follow_the_noise_of_rounding():
+    stand = Stand((9, 4, 6), [((2, 3, 4, 6),) * 2] * 3)
+    slopes = {
+        (n, k): i + 1.0 for i, (n, k) in enumerate(itertools.product(stand.candidates, (0, 1)))
+    }
+
+    def noise_power(config):
+        return sum(slopes[n, k] * 4.0 ** -config[n][k] for n in config for k in (0, 1))
+
+    base = largest(stand.candidates).replace("l1", (3, 4))
+    exact = measure_sensitivity(stand, noise_power, base)
+    assert all(isclose(exact.smooth().predict(c), noise_power(c)) for c in stand.every()[::7])
+    # From errors with noise: the least-squares slope, and a little at the least
+    noisy = measure_sensitivity(stand, random_error(1), base)
+    fitted = {}
+    for name, part in itertools.product(base, ("weight", "act")):
+        rows = noisy.to_frame().query("layer == @name and part == @part")
+        added = (0.25 ** rows["bits"] - 0.25 ** rows["base_bits"]).to_numpy()[:, None]
+        fitted[name, part] = float(numpy.linalg.lstsq(added, rows["change"], rcond=None)[0][0])
+    least = 0.1 * statistics.mean(map(abs, fitted.values()))
+    for row in noisy.smooth().to_frame().itertuples():
+        slope = max(fitted[row.layer, row.part], least)
+        assert isclose(row.change, slope * (0.25**row.bits - 0.25**row.base_bits), abs_tol=1e-9)
+    # So the most bits are best where they cost nothing
+    assert solve(stand, noisy.smooth()) == largest(stand.candidates)
+
+
+def test_pooled_tables_are_exact_for_additive_errors_and_average_the_others():
+    stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
+    bases = [end(stand.candidates) for end in (smallest, largest)]
+
+    def additive(config):
+        return sum(1 / (i + w) + 1 / (2 * i + a) for i, (w, a) in enumerate(config.values()))
+
+    table = pool_tables([measure_sensitivity(stand, additive, base) for base in bases])
+    assert all(isclose(table.predict(c), additive(c)) for c in stand.every())
+    error = random_error(0)
+    low, high = (measure_sensitivity(stand, error, base) for base in bases)
+    config = bases[0].replace("l0", (3, 2))
+    from_high = error(bases[1].replace("l0", (3, 4))) - error(bases[1].replace("l0", (2, 4)))
+    mean = (error(config) - error(bases[0]) + from_high) / 2
+    assert isclose(pool_tables([low, high]).predict(config), error(bases[0]) + mean)
+    other = measure_sensitivity(Stand((9,), [((2, 3),) * 2]), error, BitConfig.of({"l0": (2, 2)}))
+    for tables, message in ([], "tables is empty"), ([low, other], "not of the same layers"):
+        with pytest.raises(ValueError, match=message):
+            pool_tables(tables)
+
+
+def test_no_choice_leads_to_an_error_that_is_not_finite():
+    stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
+    base = largest(stand.candidates)
+
+    def error(config):
+        if config["l0"].weight == 2:
+            return nan
+        return inf if config["l1"].act == 3 else -sum(map(sum, config.values()))
+
+    for pairs in PAIRS:
+        table = measure_sensitivity(stand, error, base, pairs=pairs)
+        found = solve(stand, table, 9 * 3 * 2 + 4 * 4 * 4)
+        assert found["l0"].weight > 2 and found["l1"].act != 3
+        with pytest.raises(ValueError, match=r"no configuration is within 5\.2e-08 G BitOPs"):
+            solve(stand, table, 9 * 2 * 2 + 4 * 2 * 2)
+    with pytest.raises(ValueError, match="error of the base is NaN or infinite"):
+        measure_sensitivity(stand, error, smallest(stand.candidates))
+
+
+def test_a_solution_whose_error_is_not_finite_is_refused():
+    stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
+
+    def error(config):
+        total = sum(map(sum, config.values()))
+        return inf if total == 8 else total
+
+    with pytest.raises(ValueError, match="error of the solution is NaN or infinite"):
+        assignment(stand, error, base=largest(stand.candidates), smooth=False)
+
+
+def table_of(pairs="none", ties=()):
+    stand = Stand((9, 4, 6), [((2, 3, 4),) * 2, ((2, 3, 4),) * 2, ((8,), (8,))])
+    error = random_error(0)
+
+    def sometimes_infinite(config):
+        return inf if config["l0"].weight == 2 else error(config)
+
+    return measure_sensitivity(
+        stand, sometimes_infinite, largest(stand.candidates), pairs=pairs, ties=ties
+    )
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("ties", [(), (("l0", "l1"),)])
+def test_table_comes_back_from_its_file(tmp_path, pairs, ties):
+    table = table_of(pairs, ties)
+    table.save(file := tmp_path / "folder" / "sensitivity.csv")
+    assert Sensitivity.load(file) == table
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_sparse_table_measures_the_noisiest_change_and_comes_back_from_its_file(tmp_path):
+    stand, asked = Stand((9, 4, 6), [((2, 3, 4),) * 2, ((3, 4, 6),) * 2, ((8,), (8,))]), []
+
+    def error(config):
+        asked.append(config)
+        return sum(4.0**-w + 2 * 4.0**-a for w, a in config.values())
+
+    base = BitConfig.of({"l0": (3, 3), "l1": (3, 4), "l2": (8, 8)})
+    sparse = measure_sensitivity(stand, error, base, sparse=True)
+    assert len(asked) == 1 + 4
+    rows = sparse.to_frame().query("bits != base_bits").dropna(subset="error")
+    measured = set(rows[["layer", "part", "bits"]].itertuples(index=False, name=None))
+    expected = {("l0", "weight", 2), ("l0", "act", 2), ("l1", "weight", 6), ("l1", "act", 3)}
+    assert measured == expected
+    smooth = sparse.smooth()
+    assert all(isclose(smooth.predict(c), error(c)) for c in stand.every())
+    sparse.save(file := tmp_path / "sensitivity.csv")
+    assert Sensitivity.load(file).to_frame().equals(sparse.to_frame())
+    assert Sensitivity.load(file).smooth() == smooth
+
+
+def damage(**columns):
+    """Replaces the entry of the second row in some columns."""
+
+    def write(table, path):
+        for name, value in columns.items():
+            table[name] = table[name].astype(object)
+            table.loc[1, name] = value
+        table.to_csv(path, index=False)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda table, path: path.write_text(""), "No columns"),
+        (lambda table, path: path.write_bytes(b"\x93\xff\x00"), "codec"),
+        (lambda table, path: path.write_text("a,b\n1,2\n"), "columns are missing: .'layer'"),
+        (lambda table, path: table.head(0).to_csv(path, index=False), "there is no row"),
+        (
+            lambda table, path: table.head(4).to_csv(path, index=False),
+            "a row is missing: .'l0', 'act'",
+        ),
+        (damage(part="bias"), "part is one of .*, not 'bias'"),
+        (damage(bits=2.5), "'bits' holds something else than whole numbers"),
+        (damage(error="high"), "could not convert string to float: 'high'"),
+        (damage(error="nan"), "'change' is not 'error' minus 'base_error'"),
+        (damage(error=3.0), "'change' is not 'error' minus 'base_error'"),
+        (damage(base_error=3.0), "'base_error' holds more than one value"),
+        (damage(base_bits=3), "a row without a change"),
+        (damage(bits=2), "contradict"),
+        (damage(layer=None), "column 'layer' has empty entries"),
+        (damage(input_of="l7"), "ties"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, write, message):
+    file = tmp_path / "sensitivity.csv"
+    write(table_of().to_frame().head(12), file)
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))} is no sensitivity.*{message}"):
+        Sensitivity.load(file)
+
+
+def test_a_table_of_another_network_is_refused():
+    other = Stand((9, 4, 6), [((2, 4),) * 2, ((2, 3, 4),) * 2, ((8,), (8,))])
+    with pytest.raises(ValueError, match="of layer 'l0', the supernet has"):
+        solve(other, table_of(), 1e9)
+    with pytest.raises(ValueError, match=r"unknown to this supernet, or missing: \['l2'\]"):
+        solve(Stand((9, 4), [((2, 3, 4),) * 2] * 2), table_of(), 1e9)
+
+
+def test_what_is_not_allowed_is_named():
+    stand, error = Stand((9, 4), [((2, 3, 4),) * 2, ((3,), (4, 6))]), made_up_error(0)
+    base, uneven = largest(stand.candidates), BitConfig.of({"l0": (2, 3), "l1": (3, 4)})
+    table = measure_sensitivity(stand, error, base)
+    for arguments, message in [
+        ((base, dict(pairs="all")), "pairs='all' is not allowed: one of"),
+        ((base, dict(pairs="layers", sparse=True)), "sparse=True with pairs='layers'"),
+        ((uneven.replace("l0", (5, 5)), {}), "base.'l0'. is not allowed|base.'l0'.=Bits"),
+        ((uneven, dict(ties=[("l0", "l1")])), "tied layers have different bits"),
+        ((base, dict(ties=[("l0", "l9")])), "name no layer of this network: .'l9'"),
+        ((base, dict(ties=[("l0",), ("l0",)])), "'l0'. stand there more than once"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            measure_sensitivity(stand, error, arguments[0], **arguments[1])
+    for options, message in [
+        (dict(budget=1), "budget=1 .* is not allowed: at least"),
+        (dict(size=nan), "size=nan .* is not allowed"),
+        (dict(equal_bits=True), "layer 'l1' has no bits that weights and activations share"),
+        (dict(near=base), "radius=None is not allowed"),
+        (dict(near=base, radius=-1), "radius=-1 is not allowed"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            solve(stand, table, **options)
+    with pytest.raises(ValueError, match="rounds=-1 is not allowed"):
+        assignment(stand, error, base=base, rounds=-1)
+
+
+def test_assignment_searches_a_supernet(supernet):
+    error = batch_error(supernet, *images(32, seed=2).tensors)
+    budget = (bitops(supernet.table, supernet.uniform(3)) + 1) // 1
+    path = assignment(supernet, error, budget, rounds=1)
+    assert path[0].config == supernet.uniform(3)
+    assert path[-1].bitops <= budget and path[-1].error == error(path[-1].config)
+    size = model_size(supernet.table, supernet.uniform(2)) * 1.2
+    found = assignment(supernet, error, size=size, equal_bits=True)[-1].config
+    assert model_size(supernet.table, found) <= size
+    assert all(bits.weight == bits.act for bits in found.values())
