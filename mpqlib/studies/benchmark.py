@@ -1,8 +1,13 @@
 """What one-shot quantization costs, side by side: `python -m mpqlib.studies.benchmark`."""
 
 import argparse
+import math
+import signal
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,32 +21,28 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from .. import models
+from ..files import save_atomically
 from ..network.bits import largest
+from ..network.cost import bitops_at
 from ..network.quantizer import integer_range, lsq
 from ..network.supernet import Supernet
-from ..training.evaluation import recalibrate
+from ..report import runs
+from ..search.assignment import front
+from ..search.error import batch_error
+from ..search.greedy import greedy
+from ..search.sensitivity import measure_sensitivity
+from ..training.evaluation import recalibrate, select_device
 from ..training.loop import Run, TrainConfig, update
 from ..training.scheduler import turbulence
 from ..training.speed import seconds
-
-
-def compare(
-    tasks: Mapping[str, Callable[[], object]], base: Callable[[], object], repeats: int
-) -> dict[str, list[float]]:
-    """Times of each task over those of `base`, called in turn; each twice before, to warm up."""
-    for each in (base, *tasks.values()) * 2:
-        each()
-    found: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(repeats):
-        least = seconds(base)
-        for name, task in tasks.items():
-            found[name].append(seconds(task) / least)
-    return found
+from ..training.step import OneShotStep
 
 
 def ratios(task: Callable[[], object], base: Callable[[], object], repeats: int) -> list[float]:
-    """Times of `task` over those of `base`, as in `compare`."""
-    return compare({"task": task}, base, repeats)["task"]
+    """Times of `task` over those of `base`, called in turn; each twice before, to warm up."""
+    for each in (base, task) * 2:
+        each()
+    return [seconds(task) / seconds(base) for _ in range(repeats)]
 
 
 def setting(
@@ -55,38 +56,77 @@ def setting(
     return x.to(device, **layout), y.to(device), plain, supernet
 
 
+# How torch.compile runs the passes of a step. "captured": CUDA replays one captured graph.
+ARMS = {"eager": None, "compiled": "default", "captured": "reduce-overhead"}
+
+
+def one_shot_run(supernet: Supernet, batch: int, arm: str) -> Run:
+    """A training run of `supernet` whose passes run as `arm` says, one of ARMS."""
+    run = Run.start(TrainConfig(batch_size=batch, compile="never"), supernet, images=batch)
+    if mode := ARMS[arm]:
+        run.one_shot = OneShotStep(supernet, compile=True, mode=mode)
+    return run
+
+
 def training_step(
     name: str,
     size: int = 64,
     batch: int = 64,
     repeats: int = 9,
+    arm: str = "eager",
     device: str | torch.device = "cpu",
-    compiled: bool = True,
-) -> dict[str, list[float]]:
+) -> list[float]:
     """Ratios of a one-shot step (1 largest + 3 random passes, IDM, update) to four plain passes.
 
-    One ratio per repeat; all are timed in turn. `size` in pixels. A plain pass is forward and
-    backward of the float model in the same memory format. `compiled`: both by torch.compile, too.
+    One ratio per repeat; `size` in pixels. A plain pass is forward and backward of the float model
+    in the same memory format, not compiled. `arm`: one of ARMS.
     """
+    x, y, plain, supernet = setting(name, size, batch, device)
+    run = one_shot_run(supernet, batch, arm)
+    return ratios(lambda: update(run, x, y), four_passes(plain, plain, x, y), repeats)
+
+
+def plain_passes(
+    name: str,
+    size: int = 64,
+    batch: int = 64,
+    repeats: int = 9,
+    arm: str = "compiled",
+    device: str | torch.device = "cpu",
+) -> list[float]:
+    """Ratios of compiled to plain forward and backward passes of the float model, as above."""
     x, y, plain, _ = setting(name, size, batch, device)
+    compiled = torch.compile(plain, mode=ARMS[arm])
+    both = four_passes(compiled, plain, x, y), four_passes(plain, plain, x, y)
+    return ratios(*both, repeats)
 
-    def step(compile: str) -> Callable[[], object]:
-        supernet = setting(name, size, batch, device)[3]
-        run = Run.start(TrainConfig(batch_size=batch, compile=compile), supernet, images=batch)
-        return lambda: update(run, x, y)
 
-    def passes(model: Callable) -> Callable[[], object]:
-        def run() -> None:
-            for _ in range(4):
-                F.cross_entropy(model(x), y).backward()
-            plain.zero_grad()
+def four_passes(
+    run: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: torch.Tensor, y: torch.Tensor
+) -> Callable[[], None]:
+    """Returns a function that runs four forward and backward passes. `run`: `model`, or compiled."""
 
-        return run
+    def passes() -> None:
+        for _ in range(4):
+            F.cross_entropy(run(x), y).backward()
+        model.zero_grad()
 
-    tasks = {"step": step("never")}
-    if compiled:
-        tasks |= {"step, compiled": step("always"), "plain, compiled": passes(torch.compile(plain))}
-    return compare(tasks, passes(plain), repeats)
+    return passes
+
+
+def throughput(
+    name: str,
+    size: int = 64,
+    batch: int = 64,
+    repeats: int = 9,
+    arm: str = "eager",
+    device: str | torch.device = "cpu",
+) -> list[float]:
+    """Images per second of one-shot training steps, data not counted, per repeat."""
+    x, y, _, supernet = setting(name, size, batch, device)
+    run = one_shot_run(supernet, batch, arm)
+    times = [seconds(lambda: update(run, x, y)) for _ in range(repeats + 2)]
+    return [batch / each for each in times[2:]]
 
 
 def quantizer_ratios(
@@ -249,19 +289,114 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {name: float(number) for name, number in numbers.items()} | {"n": len(values)}
 
 
+# Networks of the command: name, side of the images in pixels, images in a step.
+NETWORKS = {
+    "cuda": [("resnet20_cifar", 32, 512), ("resnet18", 224, 128), ("mobilenet_v2", 224, 128)],
+    "cpu": [("resnet18", 64, 64), ("mobilenet_v2", 64, 64)],
+    "toy": [("test_resnet", 32, 16)],
+}
+
+
+def peak_memory(name: str, size: int, batch: int, device: str | torch.device) -> list[float]:
+    """GiB of an accelerator's memory that a one-shot step takes at its peak."""
+    x, y, _, supernet = setting(name, size, batch, device)
+    run = one_shot_run(supernet, batch, "eager")
+    update(run, x, y)
+    torch.accelerator.reset_peak_memory_stats()
+    update(run, x, y)
+    return [torch.accelerator.max_memory_allocated() / 2**30]
+
+
+def search_seconds(
+    name: str, size: int, device: str | torch.device, images: int = 64
+) -> dict[str, float]:
+    """Seconds of a greedy search to 4 bits, of a sensitivity table, and of 12 budgets from it."""
+    x, y, _, supernet = setting(name, size, images, device)
+    error = batch_error(supernet, x, y)
+    budgets = [bitops_at(supernet.table, level) for level in np.linspace(2.5, 5.5, 12)]
+    found = {"search": seconds(lambda: greedy(supernet, error, bitops_at(supernet.table, 4)))}
+    found["sensitivity table"] = seconds(lambda: measure_sensitivity(supernet, error))
+    found["front of 12 budgets"] = seconds(lambda: front(supernet, error, budgets))
+    return found
+
+
+def measurements(
+    networks: Sequence[tuple[str, int, int]], device: torch.device, repeats: int
+) -> Iterator[tuple[str, str, Callable[[], Sequence[float]]]]:
+    """Yields what the command measures: measure, network and the call that measures it."""
+    arms = ["eager", "compiled"] + ["captured"] * (device.type == "cuda")
+    for name, size, batch in networks:
+        how = dict(size=size, batch=batch, device=device)
+        for arm in arms:
+            label = f"one-shot step, {arm} / 4 plain passes"
+            yield label, name, partial(training_step, name, arm=arm, repeats=repeats, **how)
+            label = f"one-shot images/s, {arm}"
+            yield label, name, partial(throughput, name, arm=arm, repeats=repeats, **how)
+        for arm in arms[1:]:
+            label = f"plain passes, {arm} / not compiled"
+            yield label, name, partial(plain_passes, name, arm=arm, repeats=repeats, **how)
+        if device.type != "cpu":
+            yield "peak memory of a step (GiB)", name, partial(peak_memory, name, **how)
+        yield "turbulence of all layers (ms)", name, partial(turbulence_call, name, device=device)
+    name, size, _ = networks[min(1, len(networks) - 1)]
+    yield "seconds", name, partial(search_seconds, name, size, device)
+
+
+def run_command(
+    networks: Sequence[tuple[str, int, int]],
+    device: torch.device,
+    *,
+    repeats: int,
+    minutes: float,
+    output: Path,
+) -> None:
+    """Measures one after the other, and writes each result to the csv file `output` at once.
+
+    Stops when `minutes` are over; the measurement in work is then lost. An error becomes a row, so
+    that the others are still measured.
+    """
+
+    def stop(*_) -> None:
+        raise SystemExit(f"{minutes} minutes are over: {output} holds what was measured")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[dict] = []
+    for measure, name, task in measurements(networks, device, repeats):
+        started = time.perf_counter()
+        try:
+            values = task()
+        except Exception as error:  # of any kind, such as memory or compilation
+            values = {"": math.nan}
+            failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        else:
+            failure = None
+        found = values if isinstance(values, dict) else {"": values}
+        for kind, numbers in found.items():
+            numbers = list(numbers) if isinstance(numbers, Sequence) else [numbers]
+            row = dict(measure=f"{measure} {kind}".strip(), of=name, **summary(numbers))
+            rows.append(row | dict(took=time.perf_counter() - started, error=failure))
+            print(rows[-1], flush=True)
+        table = pd.DataFrame(rows)
+        save_atomically(output, lambda part, table=table: table.to_csv(part, index=False))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def main() -> None:
-    """Prints the benchmark."""
+    """Runs the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["resnet18", "mobilenet_v2"])
-    for name in parser.parse_args().models:
-        rows = {
-            "training step / 4 plain passes": training_step(name),
-            "the same, quantizers compiled": training_step(name, compile=True),
-            "turbulence (ms)": turbulence_call(name),
-        }
-        for label, values in rows.items():
-            middle, spread = statistics.median(values), f"{min(values):.2f} to {max(values):.2f}"
-            print(f"{name}: {label} = {middle:.2f} ({spread}, n = {len(values)})")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--minutes", type=float, default=6, help="stop after so many")
+    parser.add_argument("--repeats", type=int, default=9, help="of each ratio")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark/metrics.csv"))
+    parser.add_argument("--networks", choices=NETWORKS, help="default: those of the device")
+    options = parser.parse_args()
+    device = select_device(options.device)
+    networks = NETWORKS[options.networks or ("cuda" if device.type != "cpu" else "cpu")]
+    how = dict(repeats=options.repeats, minutes=options.minutes, output=options.output)
+    print(runs.provenance([], 0.0), flush=True)
+    run_command(networks, device, **how)
 
 
 if __name__ == "__main__":

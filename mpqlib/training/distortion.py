@@ -110,11 +110,16 @@ class Distortions:
             for name in names:
                 self.hooks[name].mode = "off"
 
-    def keep(self, names: Iterable[str]):
+    @contextmanager
+    def keep(self, names: Iterable[str]) -> Iterator[None]:
         """Within the block, the outputs of these layers become the targets."""
         for hook in self.hooks.values():
             hook.targets.clear()
-        return self._in_mode("keep", names)
+        with self._in_mode("keep", names):
+            yield
+        for hook in self.hooks.values() if self.static else ():
+            # The next replay of a captured CUDA graph writes over what this one returned.
+            hook.targets = [t.clone() if t.is_cuda else t for t in hook.targets]
 
     def compare(self, names: Iterable[str]):
         """Within the block, the outputs of these layers are compared with the targets."""

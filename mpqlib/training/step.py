@@ -79,12 +79,13 @@ class OneShotStep:
 
     `compile`: run the network by torch.compile, which fuses batch norms, activations and
     quantizers. One program serves all configurations. To compile it takes a minute or more.
+    `mode`: of torch.compile; "reduce-overhead" captures the passes as CUDA graphs.
     If it is compiled, hooks for IDM stay on the layers until `remove`.
     """
 
-    def __init__(self, supernet: Supernet, compile: bool = False):
+    def __init__(self, supernet: Supernet, compile: bool = False, mode: str = "default"):
         self.supernet = supernet
-        self.model = torch.compile(supernet.model) if compile else supernet.model
+        self.model = torch.compile(supernet.model, mode=mode) if compile else supernet.model
         layers = {name: supernet.layers[name] for name in supernet.searchable}
         self.distortions = Distortions(layers, static=compile)
 
