@@ -49,10 +49,11 @@ def gradients(
         dx_hat/ds = round(v) - v inside, q_min or q_max outside
     Both cases of the second line equal x_hat / s - v * dx_hat/dx, which needs no second mask.
     """
-    v = x / step
-    # Comparisons as numbers 0 and 1, because PyTorch multiplies by truth values slowly on a CPU.
-    below = torch.lt(v, q_max, out=torch.empty_like(v))
-    grad_x = v.gt_(q_min).mul_(below).mul_(grad)
+    # -v, because torch.compile would compute v and both comparisons in the forward pass, and store
+    # them. Comparisons as numbers 0 and 1, because PyTorch multiplies by truth values slowly.
+    minus_v = x / -step
+    above = torch.lt(minus_v, -q_min, out=torch.empty_like(minus_v))
+    grad_x = minus_v.gt_(-q_max).mul_(above).mul_(grad)
     return grad_x, (torch.dot(grad, x_hat) - torch.dot(grad_x, x)) / step
 
 

@@ -57,13 +57,13 @@ def setting(
 
 
 # How torch.compile runs the passes of a step. "captured": CUDA replays one captured graph.
-ARMS = {"eager": None, "compiled": "default", "captured": "reduce-overhead"}
+MODES = {"eager": None, "compiled": "default", "captured": "reduce-overhead"}
 
 
 def one_shot_run(supernet: Supernet, batch: int, arm: str) -> Run:
-    """A training run of `supernet` whose passes run as `arm` says, one of ARMS."""
+    """A training run of `supernet` whose passes run as `arm` says, one of MODES."""
     run = Run.start(TrainConfig(batch_size=batch, compile="never"), supernet, images=batch)
-    if mode := ARMS[arm]:
+    if mode := MODES[arm]:
         run.one_shot = OneShotStep(supernet, compile=True, mode=mode)
     return run
 
@@ -79,7 +79,7 @@ def training_step(
     """Ratios of a one-shot step (1 largest + 3 random passes, IDM, update) to four plain passes.
 
     One ratio per repeat; `size` in pixels. A plain pass is forward and backward of the float model
-    in the same memory format, not compiled. `arm`: one of ARMS.
+    in the same memory format, not compiled. `arm`: one of MODES.
     """
     x, y, plain, supernet = setting(name, size, batch, device)
     run = one_shot_run(supernet, batch, arm)
@@ -96,7 +96,7 @@ def plain_passes(
 ) -> list[float]:
     """Ratios of compiled to plain forward and backward passes of the float model, as above."""
     x, y, plain, _ = setting(name, size, batch, device)
-    compiled = torch.compile(plain, mode=ARMS[arm])
+    compiled = torch.compile(plain, mode=MODES[arm])
     both = four_passes(compiled, plain, x, y), four_passes(plain, plain, x, y)
     return ratios(*both, repeats)
 
@@ -104,7 +104,7 @@ def plain_passes(
 def four_passes(
     run: Callable[[torch.Tensor], torch.Tensor], model: nn.Module, x: torch.Tensor, y: torch.Tensor
 ) -> Callable[[], None]:
-    """Returns a function that runs four forward and backward passes. `run`: `model`, or compiled."""
+    """Returns a function of four passes, forward and backward. `run`: `model`, or compiled."""
 
     def passes() -> None:
         for _ in range(4):
