@@ -60,11 +60,11 @@ def setting(
 MODES = {"eager": None, "compiled": "default", "captured": "reduce-overhead"}
 
 
-def one_shot_run(supernet: Supernet, batch: int, arm: str) -> Run:
-    """A training run of `supernet` whose passes run as `arm` says, one of MODES."""
+def one_shot_run(supernet: Supernet, batch: int, mode: str) -> Run:
+    """A training run of `supernet` whose passes run as `mode` says, one of MODES."""
     run = Run.start(TrainConfig(batch_size=batch, compile="never"), supernet, images=batch)
-    if mode := MODES[arm]:
-        run.one_shot = OneShotStep(supernet, compile=True, mode=mode)
+    if MODES[mode]:
+        run.one_shot = OneShotStep(supernet, compile=True, mode=MODES[mode])
     return run
 
 
@@ -73,16 +73,16 @@ def training_step(
     size: int = 64,
     batch: int = 64,
     repeats: int = 9,
-    arm: str = "eager",
+    mode: str = "eager",
     device: str | torch.device = "cpu",
 ) -> list[float]:
     """Ratios of a one-shot step (1 largest + 3 random passes, IDM, update) to four plain passes.
 
     One ratio per repeat; `size` in pixels. A plain pass is forward and backward of the float model
-    in the same memory format, not compiled. `arm`: one of MODES.
+    in the same memory format, not compiled. `mode`: one of MODES.
     """
     x, y, plain, supernet = setting(name, size, batch, device)
-    run = one_shot_run(supernet, batch, arm)
+    run = one_shot_run(supernet, batch, mode)
     return ratios(lambda: update(run, x, y), four_passes(plain, plain, x, y), repeats)
 
 
@@ -91,12 +91,12 @@ def plain_passes(
     size: int = 64,
     batch: int = 64,
     repeats: int = 9,
-    arm: str = "compiled",
+    mode: str = "compiled",
     device: str | torch.device = "cpu",
 ) -> list[float]:
     """Ratios of compiled to plain forward and backward passes of the float model, as above."""
     x, y, plain, _ = setting(name, size, batch, device)
-    compiled = torch.compile(plain, mode=MODES[arm])
+    compiled = torch.compile(plain, mode=MODES[mode])
     both = four_passes(compiled, plain, x, y), four_passes(plain, plain, x, y)
     return ratios(*both, repeats)
 
@@ -119,12 +119,12 @@ def throughput(
     size: int = 64,
     batch: int = 64,
     repeats: int = 9,
-    arm: str = "eager",
+    mode: str = "eager",
     device: str | torch.device = "cpu",
 ) -> list[float]:
     """Images per second of one-shot training steps, data not counted, per repeat."""
     x, y, _, supernet = setting(name, size, batch, device)
-    run = one_shot_run(supernet, batch, arm)
+    run = one_shot_run(supernet, batch, mode)
     times = [seconds(lambda: update(run, x, y)) for _ in range(repeats + 2)]
     return [batch / each for each in times[2:]]
 
@@ -324,17 +324,17 @@ def measurements(
     networks: Sequence[tuple[str, int, int]], device: torch.device, repeats: int
 ) -> Iterator[tuple[str, str, Callable[[], Sequence[float]]]]:
     """Yields what the command measures: measure, network and the call that measures it."""
-    arms = ["eager", "compiled"] + ["captured"] * (device.type == "cuda")
+    modes = ["eager", "compiled"] + ["captured"] * (device.type == "cuda")
     for name, size, batch in networks:
         how = dict(size=size, batch=batch, device=device)
-        for arm in arms:
-            label = f"one-shot step, {arm} / 4 plain passes"
-            yield label, name, partial(training_step, name, arm=arm, repeats=repeats, **how)
-            label = f"one-shot images/s, {arm}"
-            yield label, name, partial(throughput, name, arm=arm, repeats=repeats, **how)
-        for arm in arms[1:]:
-            label = f"plain passes, {arm} / not compiled"
-            yield label, name, partial(plain_passes, name, arm=arm, repeats=repeats, **how)
+        for mode in modes:
+            label = f"one-shot step, {mode} / 4 plain passes"
+            yield label, name, partial(training_step, name, mode=mode, repeats=repeats, **how)
+            label = f"one-shot images/s, {mode}"
+            yield label, name, partial(throughput, name, mode=mode, repeats=repeats, **how)
+        for mode in modes[1:]:
+            label = f"plain passes, {mode} / not compiled"
+            yield label, name, partial(plain_passes, name, mode=mode, repeats=repeats, **how)
         if device.type != "cpu":
             yield "peak memory of a step (GiB)", name, partial(peak_memory, name, **how)
         yield "turbulence of all layers (ms)", name, partial(turbulence_call, name, device=device)

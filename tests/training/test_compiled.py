@@ -1,7 +1,7 @@
 """Compiled training against the same training without torch.compile, in float64.
 
 The graphs are those of torch.compile, but PyTorch's own operations run them: to generate code takes
-a minute for each network. `12_benchmark` runs generated code.
+a minute for each network. Tests marked cuda, and the profile of 12_benchmark, run generated code.
 """
 
 import copy
