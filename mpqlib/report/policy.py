@@ -105,6 +105,11 @@ def _read(path: Path) -> dict:
     expected = {"layers", "cost_model", "checkpoint_sha256", "bitops_g", POLICY_HASH}
     if not isinstance(stored, dict) or not expected <= stored.keys():
         raise ValueError(f"{path} is no policy: it needs the keys {sorted(expected)}")
+    if "tie_inputs" not in stored:
+        raise ValueError(
+            f"{path} was written by an earlier version of mpqlib, which stored step sizes and batch "
+            "norms one by one: use the version that wrote it"
+        )
     if stored["cost_model"] != COST_MODEL:
         raise ValueError(
             f"{path} has the cost model {stored['cost_model']!r}, but this version of mpqlib has "

@@ -404,7 +404,10 @@ class Run:
         """
         state = load_state(path)
         if state.keys() != self.state().keys():
-            raise ValueError(f"{path} is not a checkpoint of training: remove it to start anew")
+            raise ValueError(
+                f"{path} is not a checkpoint of training, or one of another version of mpqlib: remove "
+                "it to start anew"
+            )
         check_settings(path, state["settings"], self.describe())
         set_tensors(self.model, state["model"], path)
         self.average.load_state_dict(state["average"])

@@ -165,6 +165,14 @@ def test_another_cost_model_is_named(stored):
         mpqlib.load_policy(stored, model=TinyNet())
 
 
+def test_a_policy_of_an_earlier_version_is_named(stored):
+    content = json.loads(stored.read_text())
+    del content["tie_inputs"]
+    stored.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="written by an earlier version of mpqlib"):
+        mpqlib.load_policy(stored, model=TinyNet())
+
+
 def test_a_network_without_a_name_must_be_given(stored):
     with pytest.raises(ValueError, match=r"lacks \['classes'\].*pass model=<the float network>"):
         mpqlib.load_policy(stored)

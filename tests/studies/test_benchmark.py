@@ -1,9 +1,13 @@
 """What the benchmark derives from times, and what it counts."""
 
+import time
+
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
+from mpqlib.studies import benchmark
 from mpqlib.studies.benchmark import exponent, parts_of_step, ratios, saved_bytes, summary
 
 
@@ -37,3 +41,32 @@ def test_parts_of_a_step_add_up():
     shares = parts_of_step("test_resnet", size=32, batch=4)
     assert sum(shares.values()) == pytest.approx(100)
     assert all(share > 0 for share in shares.values())
+
+
+def test_the_command_keeps_what_it_measured_and_goes_on_after_an_error(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("no memory\nat all")
+
+    def hang():
+        time.sleep(60)
+
+    tasks = {"ratio": lambda: [1.0, 3.0, 2.0], "error": fail, "seconds": lambda: {"a": 1.0}}
+    planned = [(name, "net", task) for name, task in [*tasks.items(), ("hang", hang)]]
+    monkeypatch.setattr(benchmark, "measurements", lambda *_: planned)
+    output = tmp_path / "new" / "metrics.csv"
+    with pytest.raises(SystemExit, match=r"0\.02 minutes are over"):
+        benchmark.run_command([], torch.device("cpu"), repeats=1, minutes=0.02, output=output)
+    table = pd.read_csv(output).set_index("measure")
+    assert list(table.index) == ["ratio", "error", "seconds a"]
+    assert table.loc["ratio", ["median", "least", "most", "n"]].tolist() == [2, 1, 3, 3]
+    assert table.loc["error", "error"] == "RuntimeError: no memory"
+    assert table["error"].notna().sum() == 1
+
+
+def test_the_command_measures_every_way_to_run_the_passes_on_each_network():
+    planned = list(benchmark.measurements(benchmark.NETWORKS["cuda"], torch.device("cuda"), 9))
+    found = {(measure, name) for measure, name, _ in planned}
+    for name in ("resnet20_cifar", "resnet18", "mobilenet_v2"):
+        for mode in ("eager", "compiled", "captured"):
+            assert (f"one-shot step, {mode} / 4 plain passes", name) in found
+            assert (f"one-shot images/s, {mode}", name) in found
