@@ -155,7 +155,7 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
         example,
         edge_bits=edge_bits,
         overrides=candidates,
-        tie_inputs=stored["tie_inputs"],
+        tie_inputs=stored.get("tie_inputs", False),
         pair_norms=stored["pair_norms"],
     )
 

@@ -125,15 +125,18 @@ class Stopwatch:
         return total
 
 
-def provenance(seeds: Sequence[int], seconds: float) -> dict:
+def provenance(
+    seeds: Sequence[int], seconds: float, training_rules: int | None = TRAINING_RULES
+) -> dict:
     """Commit of mpqlib (None outside its repository), training rules, versions, seeds and the like.
 
-    `seconds`: wall time of the whole study, such as from Stopwatch.
+    `seconds`: wall time of the whole study, such as from Stopwatch. `training_rules`: None for a
+    study that does not train by `mpqlib.train`.
     """
     versions = {package: installed_version(package) for package in PACKAGES}
     return {
         "commit": own_commit(),
-        "training_rules": TRAINING_RULES,
+        "training_rules": training_rules,
         "versions": {"python": platform.python_version()} | versions,
         "processor": processor(),
         "seeds": list(seeds),
@@ -143,9 +146,13 @@ def provenance(seeds: Sequence[int], seconds: float) -> dict:
 
 
 def has_earlier_rules(folder: Path) -> bool:
-    """Whether the run stored in `folder` was made with earlier training rules than the present."""
+    """Whether the run stored in `folder` was made with earlier training rules than the present.
+
+    Never, if it names None: then it does not train by these rules.
+    """
     source = json.loads((Path(folder) / "provenance.json").read_text())
-    return source.get("training_rules", 1) < TRAINING_RULES
+    rules = source.get("training_rules", 1)
+    return rules is not None and rules < TRAINING_RULES
 
 
 def save_run(

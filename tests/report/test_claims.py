@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from textbook import textbook_t_interval
 
-from mpqlib.report import claims
+from mpqlib.report import claims, runs
 from mpqlib.report.paper import FINDINGS, PAPER, Claim, Listed
 from mpqlib.training.loop import TRAINING_RULES
 
@@ -193,6 +193,15 @@ def test_a_run_with_earlier_training_rules_is_marked(root):
         marked = "5 seeds, [05 small](results/05_x/small), earlier rules"
         assert (root / "README.md").read_text().count(marked) == 2
         assert "*Earlier training rules.*" in (root / "results" / "README.md").read_text()
+
+
+def test_a_run_that_trains_by_no_rules_of_the_loop_is_never_marked(root):
+    source = runs.provenance([0], 1.0, training_rules=None)
+    (root / "results" / "05_x" / "small" / "provenance.json").write_text(json.dumps(source))
+    claims.write(root)
+    first, page = ((root / name / "README.md").read_text() for name in (".", "results"))
+    assert "small](results/05_x/small), earlier rules" not in first
+    assert "*Earlier training rules.*" not in page
 
 
 def test_the_results_page_holds_every_row_and_says_how_many_were_tested(root):
