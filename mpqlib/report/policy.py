@@ -107,8 +107,8 @@ def _read(path: Path) -> dict:
         raise ValueError(f"{path} is no policy: it needs the keys {sorted(expected)}")
     if "tie_inputs" not in stored:
         raise ValueError(
-            f"{path} was written by an earlier version of mpqlib, which stored step sizes and batch "
-            "norms one by one: use the version that wrote it"
+            f"{path} was written by an earlier version of mpqlib, which stored step sizes and batch"
+            " norms one by one: use the version that wrote it"
         )
     if stored["cost_model"] != COST_MODEL:
         raise ValueError(
@@ -155,7 +155,7 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
         example,
         edge_bits=edge_bits,
         overrides=candidates,
-        tie_inputs=stored.get("tie_inputs", False),
+        tie_inputs=stored["tie_inputs"],
         pair_norms=stored["pair_norms"],
     )
 

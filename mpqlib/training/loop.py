@@ -405,8 +405,8 @@ class Run:
         state = load_state(path)
         if state.keys() != self.state().keys():
             raise ValueError(
-                f"{path} is not a checkpoint of training, or one of another version of mpqlib: remove "
-                "it to start anew"
+                f"{path} is not a checkpoint of training, or one of another version of mpqlib: "
+                "remove it to start anew"
             )
         check_settings(path, state["settings"], self.describe())
         set_tensors(self.model, state["model"], path)

@@ -13,7 +13,7 @@ from conftest import TinyNet, images
 from torch import nn
 
 import mpqlib
-from mpqlib.files import json_hash, save_weights
+from mpqlib.files import save_weights
 from mpqlib.network.bits import Candidates, sample
 from mpqlib.network.supernet import Supernet
 from mpqlib.report.policy import describe_policy
@@ -216,17 +216,6 @@ class Renamed(TinyNet):
 def test_a_network_that_does_not_fit_is_named(stored, network):
     with pytest.raises(ValueError, match=r"the network does not fit .*policy\.json"):
         mpqlib.load_policy(stored, model=network())
-
-
-def test_a_policy_of_before_stacked_tensors_is_refused_by_their_names(stored):
-    # Its policy file had no entry for ties, and each bit-width had a tensor of its own.
-    weights = nn.ParameterDict({"step_at_2_bits": torch.ones(())})
-    sha256 = save_weights(stored.with_name("supernet.safetensors"), weights, {})
-    policy = json.loads(stored.read_text()) | {"checkpoint_sha256": sha256}
-    del policy["tie_inputs"], policy["policy_sha256"]
-    stored.write_text(json.dumps(policy | {"policy_sha256": json_hash(policy)}))
-    with pytest.raises(ValueError, match=r"does not fit.*unexpected \('step_at_2_bits'"):
-        mpqlib.load_policy(stored, model=TinyNet())
 
 
 def test_another_image_size_is_noticed(stored):
