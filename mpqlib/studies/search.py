@@ -1,6 +1,5 @@
 """Compare greedy search with assignment, random and evolutionary search, and its own rules."""
 
-import itertools
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,6 +165,24 @@ def time_front(
     return [step.config for step in steps], costs
 
 
+def time_searches(
+    supernet: Supernet, x: Tensor, y: Tensor, images: int, levels: Sequence[float], arm: str
+) -> list[dict]:
+    """Times a search on the first `images` of x, y at each level; returns one row each.
+
+    `x`: images (N, C, H, W). `y`: labels (N). `arm`: one of TIMED. Column `budgets`: number of
+    budgets that the time is for. Column `judged`: cross-entropy in nats on all other images, if
+    there are any.
+    """
+    seen, rows = slice(images), []
+    judge = batch_error(supernet, x[images:], y[images:]) if images < len(y) else None
+    for level in levels:
+        config, found = time_search(supernet, x[seen], y[seen], level, arm)
+        judged = {"judged": judge(config)} if judge else {}
+        rows.append({"arm": arm, "level": level, "budgets": 1, **found, **judged})
+    return rows
+
+
 def compare_speed(
     supernet: Supernet,
     x: Tensor,
@@ -173,22 +190,13 @@ def compare_speed(
     images: int,
     levels: Sequence[float],
     front_levels: Sequence[float],
-    arms: Sequence[str] = tuple(TIMED),
 ) -> list[dict]:
-    """Times searches on the first `images` of x, y; returns one row per search.
+    """Times greedy searches as `time_searches` does, and a front; returns one row each.
 
-    `x`: images (N, C, H, W). `y`: labels (N). `arms`: some of TIMED, each timed at each of
-    `levels`. Arm "front" assigns bits at all `front_levels` from one table. Column `budgets`:
-    number of budgets that the time is for. Column `judged`: cross-entropy in nats on all other
-    images, if there are any.
+    Arm "front" assigns bits at all `front_levels` from one table.
     """
-    seen, rows = slice(images), []
-    judge = batch_error(supernet, x[images:], y[images:]) if images < len(y) else None
-    for level, arm in itertools.product(levels, arms):
-        config, found = time_search(supernet, x[seen], y[seen], level, arm)
-        judged = {"judged": judge(config)} if judge else {}
-        rows.append({"arm": arm, "level": level, "budgets": 1, **found, **judged})
-    _, costs = time_front(supernet, x[seen], y[seen], front_levels)
+    _, costs = time_front(supernet, x[:images], y[:images], front_levels)
+    rows = time_searches(supernet, x, y, images, levels, "greedy")
     return [*rows, {"arm": "front", "budgets": len(front_levels), **costs}]
 
 
@@ -273,7 +281,7 @@ def measure_front(
         }
 
     searchable = [c.weight for c in supernet.candidates.values() if len(c.weight) > 1]
-    widths = sorted({b for choices in searchable for b in choices if b <= max(top1)})
+    widths = sorted({b for choices in searchable for b in choices if b <= max(top1, default=0)})
     found = run_searches(supernet, error, levels, options, seed, all_arms)
     found = [(arm, level, step.config, count) for arm, level, step, count in found]
     uniform = [("uniform", b, supernet.uniform(b), 0) for b in widths]

@@ -27,6 +27,7 @@ from mpqlib.studies.search import (
     sensitivity_plot,
     slider,
     time_front,
+    time_searches,
 )
 
 ARMS = ["assignment", "greedy", "paper", "random", "evolution"]
@@ -90,6 +91,7 @@ def test_literal_search_scores_alike_and_counts_what_it_asks(supernet):
     config = supernet.uniform(3)
     assert literal_error(supernet, x, y)(config) == batch_error(supernet, x, y)(config)
     *searches, whole = compare_speed(supernet, x, y, 12, [3], [2.5, 3])
+    searches += time_searches(supernet, x, y, 12, [3], "literal")
     assert [row["arm"] for row in searches] == ["greedy", "literal"]
     for row in searches:
         assert row["judged"] > 0
