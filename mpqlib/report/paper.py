@@ -180,7 +180,7 @@ PAPER = [
         place="RFQuant, main tables",
         measure=TOP1,
         notebook="04_search",
-        run="cifar10",
+        run="cifar10_variants",
     ),
     Listed(
         "On ImageNet, policies at the BitOPs of 4 bits are as accurate as the paper reports.",
@@ -254,8 +254,28 @@ PAPER = [
     ),
 ]
 
-SEARCH = dict(source="ours", place="ours", notebook="04_search", run="cifar10")
+SEARCH = dict(source="ours", place="ours", notebook="04_search", run="cifar10_variants")
+ASSIGNMENT = dict(
+    sign=-1,
+    value="judged",
+    arm="assignment",
+    base="greedy",
+    where={"study": "front"},
+    measure="cross-entropy on unseen images (nats), mean of all budgets",
+)
 FINDINGS = [
+    *(
+        Listed(
+            f"Assignment finds policies with lower errors than greedy search: {setting}.",
+            **ASSIGNMENT,
+            **SEARCH | dict(run=run),
+        )
+        for setting, run in {
+            "small network, digits": "digits",
+            "small network, CIFAR-10": "cifar10",
+            "ResNet18, digits": "resnet18",
+        }.items()
+    ),
     Listed(
         "Greedy search finds more accurate policies than random search.",
         sign=+1,

@@ -21,7 +21,7 @@ RESULT_HEADS = (
     "time of a run",
 )
 # Runs of 04_search, and the budget shown, as the bits that a uniform network has at its BitOPs.
-SHOWN = {"resnet18": 4.149, "digits": 3, "cifar10": 3}
+SHOWN = {"resnet18_variants": 4.149, "digits": 3, "cifar10_variants": 3}
 DATA = {"digits": "digits (scikit-learn)", "cifar10": "CIFAR-10, 10,000 training images"}
 
 

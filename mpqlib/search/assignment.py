@@ -1,10 +1,14 @@
 """Bit-widths by integer programming on a sensitivity table, under BitOPs and size limits."""
 
+import ctypes
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from math import gcd, inf, isfinite
+from threading import Lock
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -17,6 +21,31 @@ from .error import Error, without_nan
 from .limits import check_count, check_limits, describe_costs, used_share
 from .moves import Step
 from .sensitivity import Sensitivity, Ties, measure_sensitivity, pool_tables
+
+OUTPUT = Lock()  # two threads must not redirect the standard output at the same time
+
+
+@contextmanager
+def silent_c_code() -> Iterator[None]:
+    """Drops what C code writes to the standard output.
+
+    HiGHS prints a debugging line when it repairs a rounded solution, whatever `disp` says (HiGHS.jl
+    issue 312). Does nothing on systems other than POSIX.
+    """
+    if os.name != "posix":
+        yield
+        return
+    c = ctypes.CDLL(None)
+    with OUTPUT, open(os.devnull, "wb") as nowhere:
+        c.fflush(None)  # keeps what was written before
+        kept = os.dup(1)
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            c.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 class Program:
@@ -49,9 +78,9 @@ class Program:
         limits = LinearConstraint(csr_array((values, (i, j)), shape), low, high)
         costs = np.array(self.costs) / (max(map(abs, self.costs)) or 1)
         options = {"mip_rel_gap": 0}
-        found = milp(
-            costs, integrality=self.binary, bounds=Bounds(0, 1), constraints=limits, options=options
-        )
+        how = dict(integrality=self.binary, bounds=Bounds(0, 1), constraints=limits)
+        with silent_c_code():
+            found = milp(costs, **how, options=options)
         if found.status not in (0, 2):  # 2: infeasible
             raise RuntimeError(f"the integer program was not solved: {found.message}")
         return found.x

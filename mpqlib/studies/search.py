@@ -1,9 +1,10 @@
 """Compare greedy search with assignment, random and evolutionary search, and its own rules."""
 
-import itertools
 import time
-from collections.abc import Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
+from io import BytesIO
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -15,12 +16,12 @@ from torch.nn.functional import cross_entropy
 
 from ..data import Splits
 from ..network.bits import BitConfig
-from ..network.cost import bitops_at
+from ..network.cost import bitops, bitops_at
 from ..network.supernet import Supernet
 from ..report.intervals import t_interval
 from ..report.plots import COLOURS
 from ..report.runs import measure
-from ..search.assignment import assignment, front
+from ..search.assignment import front
 from ..search.baselines import best_step, evaluate_all, evolution, random_search
 from ..search.error import Error, batch_error
 from ..search.greedy import greedy
@@ -130,13 +131,9 @@ class CountedError:
         return self.error(config)
 
 
-# Arms of `time_search`. "literal" is RFQuant's rule as the paper states it, with a whole pass for
-# each move at each step. "fast" is the default of `greedy`, "assignment" that of `assignment`.
-SEARCHES = {
-    "fast": greedy,
-    "literal": partial(greedy, rule="paper", exact=True),
-    "assignment": assignment,
-}
+# Searches that `time_search` times. "literal" is RFQuant's rule as the paper states it, with a
+# whole pass for each move at each step.
+TIMED = {"greedy": greedy, "literal": partial(greedy, rule="paper", exact=True)}
 
 
 def time_search(
@@ -144,13 +141,13 @@ def time_search(
 ) -> tuple[BitConfig, dict[str, float]]:
     """Searches once; returns the configuration, its error, and seconds, passes and steps taken.
 
-    `level`: budget, as in `bitops_at`. `arm`: one of SEARCHES.
+    `level`: budget, as in `bitops_at`. `arm`: one of TIMED.
     """
-    if arm not in SEARCHES:
-        raise ValueError(f"arm={arm!r} is not allowed: one of {list(SEARCHES)}")
+    if arm not in TIMED:
+        raise ValueError(f"arm={arm!r} is not allowed: one of {list(TIMED)}")
     error = CountedError((literal_error if arm == "literal" else batch_error)(supernet, x, y))
     start = time.perf_counter()
-    path = SEARCHES[arm](supernet, error, bitops_at(supernet.table, level))
+    path = TIMED[arm](supernet, error, bitops_at(supernet.table, level))
     costs = dict(seconds=time.perf_counter() - start, passes=error.passes, steps=len(path) - 1)
     return path[-1].config, {"error": path[-1].error} | costs
 
@@ -168,77 +165,127 @@ def time_front(
     return [step.config for step in steps], costs
 
 
+def time_searches(
+    supernet: Supernet, x: Tensor, y: Tensor, images: int, levels: Sequence[float], arm: str
+) -> list[dict]:
+    """Times a search on the first `images` of x, y at each level; returns one row each.
+
+    `x`: images (N, C, H, W). `y`: labels (N). `arm`: one of TIMED. Column `budgets`: number of
+    budgets that the time is for. Column `judged`: cross-entropy in nats on all other images, if
+    there are any.
+    """
+    seen, rows = slice(images), []
+    judge = batch_error(supernet, x[images:], y[images:]) if images < len(y) else None
+    for level in levels:
+        config, found = time_search(supernet, x[seen], y[seen], level, arm)
+        judged = {"judged": judge(config)} if judge else {}
+        rows.append({"arm": arm, "level": level, "budgets": 1, **found, **judged})
+    return rows
+
+
 def compare_speed(
     supernet: Supernet,
     x: Tensor,
     y: Tensor,
     images: int,
     levels: Sequence[float],
-    arms: Sequence[str] = tuple(SEARCHES),
+    front_levels: Sequence[float],
 ) -> list[dict]:
-    """Times a search on the first `images` of x, y for each level and arm; returns one row each.
+    """Times greedy searches as `time_searches` does, and a front; returns one row each.
 
-    `x`: images (N, C, H, W). `y`: labels (N). Column `judged`: cross-entropy in nats on all other
-    images, if there are any.
+    Arm "front" assigns bits at all `front_levels` from one table.
     """
-    seen, rows = slice(images), []
-    judge = batch_error(supernet, x[images:], y[images:]) if images < len(y) else None
-    for level, arm in itertools.product(levels, arms):
-        config, found = time_search(supernet, x[seen], y[seen], level, arm)
-        judged = {"judged": judge(config)} if judge else {}
-        rows.append({"arm": arm, "level": level, **found, **judged})
-    return rows
+    _, costs = time_front(supernet, x[:images], y[:images], front_levels)
+    rows = time_searches(supernet, x, y, images, levels, "greedy")
+    return [*rows, {"arm": "front", "budgets": len(front_levels), **costs}]
 
 
 def run_searches(
-    supernet: Supernet, error: Error, budget: float, options: Mapping, seed: int
-) -> dict[str, tuple[Step, int]]:
-    """Runs each search; returns their results and the number of evaluations.
+    supernet: Supernet,
+    error: Error,
+    levels: Sequence[float],
+    options: Mapping,
+    seed: int,
+    all_arms: Sequence[float] | None = None,
+) -> Iterator[tuple[str, float, Step, int]]:
+    """Runs each search at each level; yields arm, level, result and number of evaluations.
 
-    Random and evolutionary search have as many evaluations as the greedy search needs. Assignment
-    evaluates its table and one solution. `budget`: BitOPs per image. `options`: of `greedy`.
+    "assignment" solves all levels from one table; its number is for all of them together. "greedy"
+    is that of `options`, "paper" has RFQuant's rule. "random" and "evolution" have as many
+    evaluations as "greedy" needs at this level. `levels`: budgets, as in `bitops_at`. `all_arms`:
+    levels at which all arms search, not only assignment and greedy; None: all levels.
     """
-    found = {}
-    for name, search in {"assignment": assignment, "greedy": partial(greedy, **options)}.items():
-        asked = cache(error)
-        step = search(supernet, asked, budget)[-1]
-        found[name] = step, (count := asked.cache_info().currsize)
-    for name, search in {"random": random_search, "evolution": evolution}.items():
-        generator = torch.Generator().manual_seed(seed)
-        found[name] = search(supernet, error, budget, count, generator), count
-    return found
+    budgets = {level: bitops_at(supernet.table, level) for level in levels}
+    asked = cache(error)
+    steps = front(supernet, asked, budgets.values())
+    for level, step in zip(levels, steps, strict=True):
+        yield "assignment", level, step, asked.cache_info().currsize
+    for level, budget in budgets.items():
+        all_of_them = all_arms is None or level in all_arms
+        rules = {"greedy": options} | ({"paper": {"rule": "paper"}} if all_of_them else {})
+        counts = {}
+        for arm, rule in rules.items():
+            asked = cache(error)
+            step = greedy(supernet, asked, budget, **rule)[-1]
+            counts[arm] = asked.cache_info().currsize
+            yield arm, level, step, counts[arm]
+        others = {"random": random_search, "evolution": evolution} if all_of_them else {}
+        for arm, search in others.items():
+            generator = torch.Generator().manual_seed(seed)
+            count = counts["greedy"]
+            yield arm, level, search(supernet, error, budget, count, generator), count
 
 
 def measure_front(
     supernet: Supernet,
-    error: Error,
+    x: Tensor,
+    y: Tensor,
+    images: int,
     levels: Sequence[float],
     splits: Splits,
     options: Mapping,
     seed: int,
+    *,
+    all_arms: Sequence[float] | None = None,
+    top1: Sequence[float] | None = None,
     device: torch.device,
-    images: int,
+    recalibration_images: int,
 ) -> list[dict]:
     """Measures what each search finds at each level, and the uniform configurations: one row each.
 
-    `levels`: budgets, as in `bitops_at`. `options`: of `greedy`. `images`: for recalibration.
+    `x`: images of the search split (N, C, H, W). `y`: labels (N). The searches score on the first
+    `images`; column `judged` is the cross-entropy in nats on all others, which no search has seen.
+    `levels`: budgets, as in `bitops_at`. `options`, `all_arms`: as in `run_searches`; column
+    `arms` is "all" or "two", by how many searched at this level. `top1`: levels at which accuracy
+    is measured as well; None: all. Uniform bits above the largest of them are left out.
     """
-    error = cache(error)  # paths to different budgets have configurations in common
+    error = cache(batch_error(supernet, x[:images], y[:images]))  # paths have much in common
+    judge = batch_error(supernet, x[images:], y[images:])
+    top1 = levels if top1 is None else top1
 
     def measure_row(arm: str, level: float, config: BitConfig, evaluations: int) -> dict:
-        costs = measure(supernet, config, splits, images=images, device=device)
-        bits = {"bits": config.to_json(), "error": error(config), "evaluations": evaluations}
-        budget = bitops_at(supernet.table, level) / 1e9
-        return {"arm": arm, "level": level, "budget_g": budget, **costs, **bits}
+        how = dict(images=recalibration_images, device=device)
+        exact = arm == "uniform" or level in top1
+        costs = measure(supernet, config, splits, **how) if exact else {}
+        return {
+            "arm": arm,
+            "level": level,
+            "budget_g": bitops_at(supernet.table, level) / 1e9,
+            "bitops_g": bitops(supernet.table, config) / 1e9,
+            **costs,
+            "bits": config.to_json(),
+            "error": error(config),
+            "judged": judge(config),
+            "evaluations": evaluations,
+            "arms": "all" if all_arms is None or level in all_arms else "two",
+        }
 
     searchable = [c.weight for c in supernet.candidates.values() if len(c.weight) > 1]
-    widths = sorted({b for choices in searchable for b in choices})
-    rows = [measure_row("uniform", b, supernet.uniform(b), 0) for b in widths]
-    for level in levels:
-        budget = bitops_at(supernet.table, level)
-        found = run_searches(supernet, error, budget, options, seed)
-        rows += [measure_row(arm, level, step.config, n) for arm, (step, n) in found.items()]
-    return rows
+    widths = sorted({b for choices in searchable for b in choices if b <= max(top1, default=0)})
+    found = run_searches(supernet, error, levels, options, seed, all_arms)
+    found = [(arm, level, step.config, count) for arm, level, step, count in found]
+    uniform = [("uniform", b, supernet.uniform(b), 0) for b in widths]
+    return [measure_row(*row) for row in uniform + found]
 
 
 def measure_regret(
@@ -249,13 +296,13 @@ def measure_regret(
     `supernet`: with few configurations, such as from `restrict`. `levels`: budgets, as in
     `bitops_at`. `options`: of `greedy`. Column `of`: number of all configurations.
     """
-    everything, rows = evaluate_all(supernet, error), []
-    for level in levels:
-        budget = bitops_at(supernet.table, level)
-        optimum = best_step(supernet, everything, budget)
-        for arm, (step, count) in run_searches(supernet, error, budget, options, seed).items():
-            regret = {"regret": step.error - optimum.error, "evaluations": count}
-            rows.append({"arm": arm, "level": level, **regret, "of": len(everything)})
+    error, rows = cache(error), []
+    everything = evaluate_all(supernet, error)
+    budgets = {level: bitops_at(supernet.table, level) for level in levels}
+    optimum = {level: best_step(supernet, everything, b) for level, b in budgets.items()}
+    for arm, level, step, count in run_searches(supernet, error, levels, options, seed):
+        regret = {"regret": step.error - optimum[level].error, "evaluations": count}
+        rows.append({"arm": arm, "level": level, **regret, "of": len(everything)})
     return rows
 
 
@@ -263,8 +310,9 @@ def front_plot(rows: pd.DataFrame, value: str, label: str) -> Figure:
     """Draws a value over BitOPs, one line per search: means over seeds with 95% t-intervals.
 
     `rows`: with columns `arm`, `seed`, `budget_g` (G BitOPs per image) and `value`. `label`:
-    describes the value.
+    describes the value. Rows without the value are left out.
     """
+    rows = rows.dropna(subset=[value])
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     arms = list(rows["arm"].unique())
     colours = sns.color_palette("colorblind", len(arms))
@@ -282,6 +330,28 @@ def front_plot(rows: pd.DataFrame, value: str, label: str) -> Figure:
     axis.minorticks_off()
     axis.legend(frameon=False)
     return figure
+
+
+def slider(figures: Mapping[str, Figure], label: str) -> str:
+    """Shows one of several figures, chosen with a slider that needs no kernel: HTML for a notebook.
+
+    `figures`: by the text that names each, such as the budget. `label`: says what that text is.
+    """
+
+    def encode(figure: Figure) -> str:
+        figure.savefig(picture := BytesIO(), dpi=60)
+        return b64encode(picture.getvalue()).decode()
+
+    pages = [
+        f"<figure{' hidden' if i else ''}><figcaption>{label}: {text}</figcaption>"
+        f'<img src="data:image/png;base64,{encode(figure)}"></figure>'
+        for i, (text, figure) in enumerate(figures.items())
+    ]
+    show = (
+        "this.parentNode.querySelectorAll('figure').forEach((f, i) => f.hidden = i != this.value)"
+    )
+    bar = f'<input type="range" min="0" max="{len(pages) - 1}" value="0" oninput="{show}">'
+    return f"<div>{bar}{''.join(pages)}</div>"
 
 
 def sensitivity_plot(table: Sensitivity) -> Figure:

@@ -1,5 +1,6 @@
 """The integer program against all configurations there are; the table, its file and its limits."""
 
+import ctypes
 import itertools
 import random
 import re
@@ -16,7 +17,7 @@ from stand import SMALL_STANDS, STANDS, Stand, made_up_error
 
 from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops, model_size
-from mpqlib.search.assignment import assignment, front, solve
+from mpqlib.search.assignment import assignment, front, silent_c_code, solve
 from mpqlib.search.error import batch_error
 from mpqlib.search.sensitivity import PAIRS, Sensitivity, measure_sensitivity, pool_tables
 
@@ -423,3 +424,14 @@ def test_assignment_searches_a_supernet(supernet):
     found = assignment(supernet, error, size=size, equal_bits=True)[-1].config
     assert model_size(supernet.table, found) <= size
     assert all(bits.weight == bits.act for bits in found.values())
+
+
+def test_only_what_c_code_writes_while_it_is_silent_is_dropped(capfd):
+    c = ctypes.CDLL(None)
+    c.puts(b"before")
+    with pytest.raises(RuntimeError), silent_c_code():
+        c.puts(b"debugging line")
+        raise RuntimeError
+    c.puts(b"after")
+    c.fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"

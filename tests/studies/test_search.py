@@ -4,12 +4,15 @@ import itertools
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from conftest import images
 
+from mpqlib.network.bits import BitConfig
 from mpqlib.network.cost import bitops, bitops_at
 from mpqlib.report.plots import COLOURS
+from mpqlib.search.baselines import restrict
 from mpqlib.search.error import batch_error
 from mpqlib.search.greedy import greedy
 from mpqlib.search.sensitivity import measure_sensitivity
@@ -17,29 +20,60 @@ from mpqlib.studies.search import (
     VARIANTS,
     compare_rules,
     compare_speed,
+    front_plot,
     literal_error,
     measure_front,
+    measure_regret,
     sensitivity_plot,
+    slider,
     time_front,
+    time_searches,
 )
 
+ARMS = ["assignment", "greedy", "paper", "random", "evolution"]
 
-def test_rows_of_a_study_hold_every_arm_at_every_level(supernet):
+
+@pytest.fixture
+def front_rows(supernet):
     splits = SimpleNamespace(calibration=images(32), search=images(16, 1), test=images(16, 2))
+    on = dict(device=torch.device("cpu"), recalibration_images=32)
+    some = dict(all_arms=[3], top1=[3.5])
     x, y = images(32, seed=2).tensors
-    levels, error = [3, 3.5], batch_error(supernet, x, y)
-    rows = measure_front(supernet, error, levels, splits, {}, 0, torch.device("cpu"), 32)
-    searched = [row for row in rows if row["arm"] != "uniform"]
-    expected = set(itertools.product(["assignment", "greedy", "random", "evolution"], levels))
+    return measure_front(supernet, x, y, 16, [3, 3.5], splits, {}, 0, **some, **on)
+
+
+def test_all_arms_search_at_the_levels_named_and_two_at_the_others(front_rows):
+    searched = [row for row in front_rows if row["arm"] != "uniform"]
+    expected = {*itertools.product(ARMS, [3]), ("assignment", 3.5), ("greedy", 3.5)}
     assert {(row["arm"], row["level"]) for row in searched} == expected
+    assert len(searched) == len(expected)
+    assert all(row["arms"] == ("all" if row["level"] == 3 else "two") for row in searched)
+
+
+def test_random_and_evolution_evaluate_as_often_as_greedy(supernet, front_rows):
     places = sum(len(choices) > 1 for pair in supernet.candidates.values() for choices in pair)
-    for row in searched:
-        assert row["arm"] != "assignment" or row["evaluations"] <= 2 * (1 + places) + 1
-    for level in levels:
-        others = [r for r in searched if r["level"] == level and r["arm"] != "assignment"]
-        assert len({row["evaluations"] for row in others}) == 1
-    for row in searched:
-        assert row["bitops_g"] * 1e9 <= bitops_at(supernet.table, row["level"])
+    counts = {(row["arm"], row["level"]): row["evaluations"] for row in front_rows}
+    assert counts["random", 3] == counts["evolution", 3] == counts["greedy", 3]
+    assert counts["assignment", 3] == counts["assignment", 3.5] <= 2 * (1 + places) + 2
+
+
+def test_rows_of_the_front_keep_their_budgets_and_are_judged_on_other_images(supernet, front_rows):
+    x, y = images(32, seed=2).tensors
+    error, judge = batch_error(supernet, x[:16], y[:16]), batch_error(supernet, x[16:], y[16:])
+    for row in front_rows:
+        config = BitConfig.from_json(row["bits"])
+        assert row["error"] == pytest.approx(error(config), rel=1e-6)
+        assert row["judged"] == pytest.approx(judge(config), rel=1e-6)
+        assert row["bitops_g"] == bitops(supernet.table, config) / 1e9
+        assert row["bitops_g"] <= row["budget_g"] or row["arm"] == "uniform"
+        assert ("top1" in row) == (row["level"] == 3.5 or row["arm"] == "uniform")
+
+
+def test_no_search_is_better_than_the_optimum(supernet):
+    small = restrict(supernet, layers=1, bits=[3, 4], rest=3)
+    rows = measure_regret(small, batch_error(small, *images(16).tensors), [3.2, 4], {}, 0)
+    assert {(row["arm"], row["level"]) for row in rows} == set(itertools.product(ARMS, [3.2, 4]))
+    assert all(row["regret"] >= 0 and row["of"] == 4 for row in rows)
 
 
 def test_every_variant_of_the_rule_is_judged_on_images_that_no_search_has_seen(supernet):
@@ -56,11 +90,13 @@ def test_literal_search_scores_alike_and_counts_what_it_asks(supernet):
     x, y = images(16, seed=3).tensors
     config = supernet.uniform(3)
     assert literal_error(supernet, x, y)(config) == batch_error(supernet, x, y)(config)
-    rows = compare_speed(supernet, x, y, 12, [3])
-    assert [row["arm"] for row in rows] == ["fast", "literal", "assignment"]
-    for row in rows:
+    *searches, whole = compare_speed(supernet, x, y, 12, [3], [2.5, 3])
+    searches += time_searches(supernet, x, y, 12, [3], "literal")
+    assert [row["arm"] for row in searches] == ["greedy", "literal"]
+    for row in searches:
         assert row["judged"] > 0
         assert row["passes"] > row["steps"] > 0
+    assert (whole["arm"], whole["budgets"]) == ("front", 2)
 
 
 def test_a_whole_front_takes_one_table_and_a_pass_for_each_level(supernet):
@@ -70,6 +106,22 @@ def test_a_whole_front_takes_one_table_and_a_pass_for_each_level(supernet):
     assert costs["passes"] <= 2 * (1 + places) + len(levels)
     for level, config in zip(levels, configs, strict=True):
         assert bitops(supernet.table, config) <= bitops_at(supernet.table, level)
+
+
+def test_front_plot_leaves_out_rows_that_were_not_measured():
+    rows = pd.DataFrame({"arm": ["greedy"] * 2, "seed": 0, "budget_g": [1.0, 2.0]})
+    figure = front_plot(rows.assign(top1=[50.0, float("nan")]), "top1", "top-1 (%)")
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [50.0]
+    plt.close(figure)
+
+
+def test_slider_holds_each_figure_and_shows_the_first():
+    figures = {f"{text} G": plt.figure() for text in (1, 2, 3)}
+    page = slider(figures, "budget")
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<figure hidden>") == 2 and "<figure><figcaption>budget: 1 G" in page
+    assert 'max="2"' in page
+    plt.close("all")
 
 
 @pytest.mark.parametrize("pairs", ["none", "layers"])
