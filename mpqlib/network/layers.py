@@ -37,11 +37,11 @@ class QuantLinear(nn.Module):
         self.weight_quantizer = Quantizer(candidates.weight, op.weight, True, weight_step, **scaled)
         self.act_quantizer = None if float_input else Quantizer(candidates.act, example, **scaled)
         self.pairs = [Bits(w, a) for w in candidates.weight for a in candidates.act]
+        # Positions of a pair's weight bits, of its activation bits, and of the pair itself. They are
+        # data and not numbers, so that one program computes at every bit-width.
         w, a = len(candidates.weight), len(candidates.act)
-        # Position of a pair's weight bits, of its activation bits and of the pair: data instead of
-        # numbers, so that one program computes at every bit-width.
-        positions = torch.cartesian_prod(torch.arange(w), torch.arange(a)).view(-1, 2)
-        positions = torch.cat([positions, torch.arange(w * a)[:, None]], 1).to(op.weight.device)
+        positions = [(i, j, i * a + j) for i in range(w) for j in range(a)]
+        positions = torch.tensor(positions, device=op.weight.device)
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("position", positions[0].clone(), persistent=False)
         self.bits: Bits | None = None

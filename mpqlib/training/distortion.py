@@ -60,10 +60,9 @@ class OutputHook:
     """
 
     mode: str = "off"  # off, keep or compare
-    targets: list[Tensor] = field(default_factory=list)  # one a call, detached
-    squares: list[Tensor] = field(
-        default_factory=list
-    )  # sum of the squared differences, one a call
+    # One for each call: its output, detached, and the sum of the squared differences to it.
+    targets: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
 
     def __call__(self, layer: nn.Module, args: tuple, output: Tensor) -> None:
         if self.mode == "keep":
