@@ -37,8 +37,8 @@ class QuantLinear(nn.Module):
         self.weight_quantizer = Quantizer(candidates.weight, op.weight, True, weight_step, **scaled)
         self.act_quantizer = None if float_input else Quantizer(candidates.act, example, **scaled)
         self.pairs = [Bits(w, a) for w in candidates.weight for a in candidates.act]
-        # Positions of a pair's weight bits, of its activation bits, and of the pair itself. They are
-        # data and not numbers, so that one program computes at every bit-width.
+        # Positions of a pair's weight bits, of its activation bits, and of the pair itself. As data,
+        # they let one program compute at every bit-width.
         w, a = len(candidates.weight), len(candidates.act)
         positions = [(i, j, i * a + j) for i in range(w) for j in range(a)]
         positions = torch.tensor(positions, device=op.weight.device)
