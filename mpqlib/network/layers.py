@@ -37,7 +37,7 @@ class QuantLinear(nn.Module):
         self.weight_quantizer = Quantizer(candidates.weight, op.weight, True, weight_step, **scaled)
         self.act_quantizer = None if float_input else Quantizer(candidates.act, example, **scaled)
         self.pairs = [Bits(w, a) for w in candidates.weight for a in candidates.act]
-        # Positions of a pair's weight bits, of its activation bits, and of the pair itself. As data,
+        # Positions of a pair's weight bits, of its activation bits and of the pair itself. As data,
         # they let one program compute at every bit-width.
         w, a = len(candidates.weight), len(candidates.act)
         positions = [(i, j, i * a + j) for i in range(w) for j in range(a)]
