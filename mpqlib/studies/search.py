@@ -200,40 +200,44 @@ def compare_speed(
     return [*rows, {"arm": "front", "budgets": len(front_levels), **costs}]
 
 
+ARMS = ("assignment", "greedy", "paper", "random", "evolution")
+
+
 def run_searches(
     supernet: Supernet,
     error: Error,
     levels: Sequence[float],
     options: Mapping,
     seed: int,
-    all_arms: Sequence[float] | None = None,
+    arms: Sequence[str] = ARMS,
 ) -> Iterator[tuple[str, float, Step, int]]:
-    """Runs each search at each level; yields arm, level, result and number of evaluations.
+    """Runs searches at each level; yields arm, level, result and number of evaluations.
 
     "assignment" solves all levels from one table; its number is for all of them together. "greedy"
     is that of `options`, "paper" has RFQuant's rule. "random" and "evolution" have as many
-    evaluations as "greedy" needs at this level. `levels`: budgets, as in `bitops_at`. `all_arms`:
-    levels at which all arms search, not only assignment and greedy; None: all levels.
+    evaluations as "greedy" needs at this level. `levels`: budgets, as in `bitops_at`. `arms`: some
+    of ARMS.
     """
     budgets = {level: bitops_at(supernet.table, level) for level in levels}
-    asked = cache(error)
-    steps = front(supernet, asked, budgets.values())
-    for level, step in zip(levels, steps, strict=True):
-        yield "assignment", level, step, asked.cache_info().currsize
+    if "assignment" in arms:
+        asked = cache(error)
+        steps = front(supernet, asked, budgets.values())
+        for level, step in zip(levels, steps, strict=True):
+            yield "assignment", level, step, asked.cache_info().currsize
     for level, budget in budgets.items():
-        all_of_them = all_arms is None or level in all_arms
-        rules = {"greedy": options} | ({"paper": {"rule": "paper"}} if all_of_them else {})
         counts = {}
-        for arm, rule in rules.items():
-            asked = cache(error)
-            step = greedy(supernet, asked, budget, **rule)[-1]
-            counts[arm] = asked.cache_info().currsize
-            yield arm, level, step, counts[arm]
-        others = {"random": random_search, "evolution": evolution} if all_of_them else {}
-        for arm, search in others.items():
-            generator = torch.Generator().manual_seed(seed)
-            count = counts["greedy"]
-            yield arm, level, search(supernet, error, budget, count, generator), count
+        for arm, rule in {"greedy": options, "paper": {"rule": "paper"}}.items():
+            if arm in arms or arm == "greedy":  # the others need the number of greedy
+                asked = cache(error)
+                step = greedy(supernet, asked, budget, **rule)[-1]
+                counts[arm] = asked.cache_info().currsize
+                if arm in arms:
+                    yield arm, level, step, counts[arm]
+        for arm, search in {"random": random_search, "evolution": evolution}.items():
+            if arm in arms:
+                generator = torch.Generator().manual_seed(seed)
+                count = counts["greedy"]
+                yield arm, level, search(supernet, error, budget, count, generator), count
 
 
 def measure_front(
@@ -246,7 +250,7 @@ def measure_front(
     options: Mapping,
     seed: int,
     *,
-    all_arms: Sequence[float] | None = None,
+    arms: Sequence[str] = ("uniform", *ARMS),
     top1: Sequence[float] | None = None,
     device: torch.device,
     recalibration_images: int,
@@ -255,9 +259,9 @@ def measure_front(
 
     `x`: images of the search split (N, C, H, W). `y`: labels (N). The searches score on the first
     `images`; column `judged` is the cross-entropy in nats on all others, which no search has seen.
-    `levels`: budgets, as in `bitops_at`. `options`, `all_arms`: as in `run_searches`; column
-    `arms` is "all" or "two", by how many searched at this level. `top1`: levels at which accuracy
-    is measured as well; None: all. Uniform bits above the largest of them are left out.
+    `levels`: budgets, as in `bitops_at`. `options`: of `greedy`. `arms`: some of ARMS and
+    "uniform". `top1`: levels at which accuracy is measured as well; None: all. Uniform bits above
+    the largest of them are left out.
     """
     error = cache(batch_error(supernet, x[:images], y[:images]))  # paths have much in common
     judge = batch_error(supernet, x[images:], y[images:])
@@ -277,14 +281,13 @@ def measure_front(
             "error": error(config),
             "judged": judge(config),
             "evaluations": evaluations,
-            "arms": "all" if all_arms is None or level in all_arms else "two",
         }
 
     searchable = [c.weight for c in supernet.candidates.values() if len(c.weight) > 1]
     widths = sorted({b for choices in searchable for b in choices if b <= max(top1, default=0)})
-    found = run_searches(supernet, error, levels, options, seed, all_arms)
+    found = run_searches(supernet, error, levels, options, seed, arms)
     found = [(arm, level, step.config, count) for arm, level, step, count in found]
-    uniform = [("uniform", b, supernet.uniform(b), 0) for b in widths]
+    uniform = [("uniform", b, supernet.uniform(b), 0) for b in widths if "uniform" in arms]
     return [measure_row(*row) for row in uniform + found]
 
 
@@ -325,7 +328,7 @@ def front_plot(rows: pd.DataFrame, value: str, label: str) -> Figure:
         line = "" if arm == "uniform" else "-"
         axis.errorbar(places, points["mean"], half, linestyle=line, **style)
     axis.set(xlabel="budget (G BitOPs per image, log scale)", ylabel=label, xscale="log")
-    ticks = sorted(rows.loc[rows["arm"] == arms[0], "budget_g"].unique())
+    ticks = sorted(rows.loc[rows["arm"] != "uniform", "budget_g"].unique())
     axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], minor=False)
     axis.minorticks_off()
     axis.legend(frameon=False)
@@ -373,7 +376,7 @@ def sensitivity_plot(table: Sensitivity) -> Figure:
             places = [names.index(name) + shift for name in chosen["layer"]]
             axis.plot(places, chosen["change"], "o", color=COLOURS[bits], label=f"{bits} bits")
         axis.axhline(0, color="0.6", linewidth=1)
-        axis.set(ylabel=f"change of the error (nats),\nbits of {what}")
+        axis.set(ylabel=f"change of the error\n(nats), {what}")
         axis.set_yscale("symlog", linthresh=0.01)
     axes[1].set_xticks(range(len(names)), names, rotation=90)
     axes[1].set_xlabel("layer, from input to output")

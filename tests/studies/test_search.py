@@ -33,21 +33,29 @@ from mpqlib.studies.search import (
 ARMS = ["assignment", "greedy", "paper", "random", "evolution"]
 
 
-@pytest.fixture
-def front_rows(supernet):
+def measure_rows(supernet, levels, **some):
     splits = SimpleNamespace(calibration=images(32), search=images(16, 1), test=images(16, 2))
     on = dict(device=torch.device("cpu"), recalibration_images=32)
-    some = dict(all_arms=[3], top1=[3.5])
     x, y = images(32, seed=2).tensors
-    return measure_front(supernet, x, y, 16, [3, 3.5], splits, {}, 0, **some, **on)
+    return measure_front(supernet, x, y, 16, levels, splits, {}, 0, **some, **on)
 
 
-def test_all_arms_search_at_the_levels_named_and_two_at_the_others(front_rows):
-    searched = [row for row in front_rows if row["arm"] != "uniform"]
-    expected = {*itertools.product(ARMS, [3]), ("assignment", 3.5), ("greedy", 3.5)}
-    assert {(row["arm"], row["level"]) for row in searched} == expected
-    assert len(searched) == len(expected)
-    assert all(row["arms"] == ("all" if row["level"] == 3 else "two") for row in searched)
+@pytest.fixture
+def front_rows(supernet):
+    return measure_rows(supernet, [3, 3.5], top1=[3.5])
+
+
+def test_every_arm_searches_at_every_level(front_rows):
+    searched = [(row["arm"], row["level"]) for row in front_rows if row["arm"] != "uniform"]
+    assert sorted(searched) == sorted(itertools.product(ARMS, [3, 3.5]))
+
+
+def test_arms_find_the_same_with_and_without_the_others(supernet, front_rows):
+    some = measure_rows(supernet, [3], arms=["random", "paper"], top1=[])
+    assert [row["arm"] for row in some] == ["paper", "random"]
+    at = {(row["arm"], row["level"]): (row["bits"], row["evaluations"]) for row in front_rows}
+    for row in some:
+        assert at[row["arm"], 3] == (row["bits"], row["evaluations"])
 
 
 def test_random_and_evolution_evaluate_as_often_as_greedy(supernet, front_rows):
