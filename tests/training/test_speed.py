@@ -150,7 +150,7 @@ def test_the_third_step_decides_about_compilation(long, monkeypatch, tmp_path):
         return long
 
     monkeypatch.setattr("mpqlib.training.loop.is_worth_compiling", worth)
-    monkeypatch.setattr("mpqlib.training.step.torch.compile", lambda model: model)
+    monkeypatch.setattr("mpqlib.training.step.torch.compile", lambda model, mode: model)
     config = replace(SHORT, dtype="float32", compile="auto")
     choices = []
     train(
