@@ -60,9 +60,9 @@ def _compared(rows: pd.DataFrame) -> tuple[str, str]:
     )
 
 
-def _seeds(count: int, folder: Path) -> str:
+def _seeds(count: int, folders: list[Path]) -> str:
     number = f"{count} seeds" if count > 1 else "1 seed"
-    return f"{number}, earlier rules" if has_earlier_rules(folder) else number
+    return f"{number}, earlier rules" if any(map(has_earlier_rules, folders)) else number
 
 
 def _searched_cells(folder: Path, level: float) -> list[str]:
@@ -70,7 +70,7 @@ def _searched_cells(folder: Path, level: float) -> list[str]:
     metrics = pd.read_csv(folder / "metrics.csv")
     rows = searched_beside_uniform(metrics[metrics["study"] == "front"], level)
     budget = f"{rows['budget_g'].iloc[0]:.3g}"
-    seeds = _seeds(len(rows), folder)
+    seeds = _seeds(len(rows), [folder])
     return [_named(folder), budget, *_compared(rows), "not measured", seeds, ""]
 
 
@@ -91,7 +91,7 @@ def _trained_cells(folders: list[Path]) -> list[str]:
         f"{budget:.3g}",
         *_compared(pd.DataFrame(rows)),
         f"{mean(run['top1_float'] for run in found):.1f}",
-        _seeds(len(found), folders[0]),
+        _seeds(len(found), folders),
         f"{found[0]['seconds'] / 60:.0f} min",
     ]
 

@@ -83,3 +83,10 @@ def test_a_single_run_has_no_interval_and_earlier_rules_are_named(tmp_path, monk
     store(tmp_path / "03_train" / "digits", 94.0, [(2.0, 65, 90.0)], TRAINING_RULES - 1)
     row = results.results_table(tmp_path).splitlines()[-1].strip("| ").split(" | ")
     assert row[2:6] == ["94.0", "90.0", "99.0", "1 seed, earlier rules"]
+
+
+def test_one_run_of_earlier_rules_marks_the_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "SHOWN", {})
+    for name, rules in {"digits": TRAINING_RULES, "digits_seed1": TRAINING_RULES - 1}.items():
+        store(tmp_path / "03_train" / name, 94.0, [(2.0, 65, 90.0)], rules)
+    assert "| 2 seeds, earlier rules |" in results.results_table(tmp_path)
