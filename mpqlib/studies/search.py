@@ -200,7 +200,7 @@ def compare_speed(
     return [*rows, {"arm": "front", "budgets": len(front_levels), **costs}]
 
 
-ARMS = ("assignment", "greedy", "paper", "random", "evolution")
+SEARCHES = ("assignment", "greedy", "paper", "random", "evolution")
 
 
 def run_searches(
@@ -209,14 +209,14 @@ def run_searches(
     levels: Sequence[float],
     options: Mapping,
     seed: int,
-    arms: Sequence[str] = ARMS,
+    arms: Sequence[str] = SEARCHES,
 ) -> Iterator[tuple[str, float, Step, int]]:
     """Runs searches at each level; yields arm, level, result and number of evaluations.
 
     "assignment" solves all levels from one table; its number is for all of them together. "greedy"
     is that of `options`, "paper" has RFQuant's rule. "random" and "evolution" have as many
     evaluations as "greedy" needs at this level. `levels`: budgets, as in `bitops_at`. `arms`: some
-    of ARMS.
+    of SEARCHES.
     """
     budgets = {level: bitops_at(supernet.table, level) for level in levels}
     if "assignment" in arms:
@@ -250,7 +250,7 @@ def measure_front(
     options: Mapping,
     seed: int,
     *,
-    arms: Sequence[str] = ("uniform", *ARMS),
+    arms: Sequence[str] = ("uniform", *SEARCHES),
     top1: Sequence[float] | None = None,
     device: torch.device,
     recalibration_images: int,
@@ -259,7 +259,7 @@ def measure_front(
 
     `x`: images of the search split (N, C, H, W). `y`: labels (N). The searches score on the first
     `images`; column `judged` is the cross-entropy in nats on all others, which no search has seen.
-    `levels`: budgets, as in `bitops_at`. `options`: of `greedy`. `arms`: some of ARMS and
+    `levels`: budgets, as in `bitops_at`. `options`: of `greedy`. `arms`: some of SEARCHES and
     "uniform". `top1`: levels at which accuracy is measured as well; None: all. Uniform bits above
     the largest of them are left out.
     """
