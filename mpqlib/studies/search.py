@@ -21,7 +21,7 @@ from ..network.supernet import Supernet
 from ..report.intervals import t_interval
 from ..report.plots import COLOURS
 from ..report.runs import measure
-from ..search.assignment import front
+from ..search.assignment import assignment, front
 from ..search.baselines import best_step, evaluate_all, evolution, random_search
 from ..search.error import Error, batch_error
 from ..search.greedy import greedy
@@ -38,8 +38,8 @@ def top1_error(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) != y).float().mean()
 
 
-# Options of `greedy`. `score`: "top-1" minimises `top1_error` in the place of the cross-entropy.
-# `images`: share of the images to score on.
+# Options of `greedy`, or of the `search` that is named. `score`: "top-1" minimises `top1_error` in
+# the place of the cross-entropy. `images`: share of the images to score on.
 VARIANTS: dict[str, dict] = {
     "paper": dict(rule="paper"),
     "paper, no moves up": dict(rule="paper", up=False),
@@ -52,6 +52,10 @@ VARIANTS: dict[str, dict] = {
     "paper, by top-1": dict(rule="paper", score="top-1"),
     "paper, half of the images": dict(rule="paper", images=0.5),
     "ratio, half of the images": dict(images=0.5),
+    "assignment": dict(search=assignment),
+    "assignment, not smoothed": dict(search=assignment, smooth=False),
+    "assignment, pairs": dict(search=assignment, smooth=False, pairs="neighbours"),
+    "assignment, rounds": dict(search=assignment, rounds=3),
 }
 
 
@@ -64,13 +68,14 @@ def run_variant(
     of VARIANTS.
     """
     options, found = dict(variant), []
+    search = options.pop("search", greedy)
     loss = {"loss": cross_entropy, "top-1": top1_error}[options.pop("score", "loss")]
     n = round(len(y) * options.pop("images", 1))
     error = cache(batch_error(supernet, x[:n], y[:n], loss))
     for level in levels:
         # Levels share their evaluations, but each counts all that it asks for.
         asked = cache(error)
-        step = greedy(supernet, asked, bitops_at(supernet.table, level), **options)[-1]
+        step = search(supernet, asked, bitops_at(supernet.table, level), **options)[-1]
         found.append((level, step.config, asked.cache_info().currsize))
     return found
 
