@@ -6,6 +6,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -236,7 +237,8 @@ def formats(
     other = models.create(name, 10).to(device).train()
     kind = torch.device(device).type
     configs = [TrainConfig(batch_size=batch, dtype=dtype) for dtype in ("bfloat16", "float32")]
-    half, full = (Run.start(config, supernet, images=batch) for config in configs)
+    # Each trains its own copy: two optimizers of one network can move a step size to zero.
+    half, full = (Run.start(config, deepcopy(supernet), images=batch) for config in configs)
 
     def run(model: nn.Module, images: torch.Tensor, half: bool = False) -> None:
         with torch.autocast(kind, torch.bfloat16, enabled=half):
