@@ -273,6 +273,7 @@ FINDINGS = [
         for setting, run in {
             "small network, digits": "digits",
             "small network, CIFAR-10": "cifar10",
+            "ResNet18, digits": "resnet18",
         }.items()
     ),
     Listed(
