@@ -340,19 +340,20 @@ def front_plot(rows: pd.DataFrame, value: str, label: str) -> Figure:
     return figure
 
 
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file with 60 pixels per inch."""
+    figure.savefig(file := BytesIO(), dpi=60)
+    return file.getvalue()
+
+
 def slider(figures: Mapping[str, Figure], label: str) -> str:
     """Shows one of several figures, chosen with a slider that needs no kernel: HTML for a notebook.
 
     `figures`: by the text that names each, such as the budget. `label`: says what that text is.
     """
-
-    def encode(figure: Figure) -> str:
-        figure.savefig(picture := BytesIO(), dpi=60)
-        return b64encode(picture.getvalue()).decode()
-
     pages = [
         f"<figure{' hidden' if i else ''}><figcaption>{label}: {text}</figcaption>"
-        f'<img src="data:image/png;base64,{encode(figure)}"></figure>'
+        f'<img src="data:image/png;base64,{b64encode(png(figure)).decode()}"></figure>'
         for i, (text, figure) in enumerate(figures.items())
     ]
     show = (
