@@ -96,7 +96,7 @@ class TrainConfig:
     grid_weight: float = 0.1  # final weight of the quantization-error term, 0 for none
     grid_start: int = 40  # part after which that weight grows by a cosine
     # Whether the passes of a supernet run by torch.compile: never, always, or auto, which compiles
-    # if the third step says that training takes at least another 30 minutes.
+    # if the third step says that training takes at least another two hours.
     compile: str = "auto"
     # Of convolutions and linear layers: float32, bfloat16, or auto, which measures a few steps in
     # both and keeps the faster. A resumed run keeps it too, but a new one may measure otherwise.

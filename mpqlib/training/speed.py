@@ -11,9 +11,9 @@ import torch.distributed as dist
 DTYPES = "float32", "bfloat16"
 CHOICES = {"dtype": ("auto", *DTYPES), "compile": ("auto", "never", "always")}
 
-# Minutes of training from which compilation is worth it. It takes one to five minutes on a CPU, and
-# saves a tenth to a fifth of each step.
-WORTH_COMPILING = 30
+# Minutes of training from which compilation is worth it. It takes one to five minutes on a CPU,
+# where it saves some hundredths of a step at best; on an accelerator it was not measured.
+WORTH_COMPILING = 120
 
 
 def check_choice(name: str, value: object) -> None:
