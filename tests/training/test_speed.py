@@ -128,8 +128,8 @@ def test_a_resumed_run_keeps_its_type(step, monkeypatch, tmp_path):
 
 def test_compilation_is_worth_it_for_long_training(monkeypatch):
     monkeypatch.setattr(speed, "can_compile", lambda device: True)
-    assert not is_worth_compiling(1799, CPU)
-    assert is_worth_compiling(1800, CPU)
+    assert not is_worth_compiling(7199, CPU)
+    assert is_worth_compiling(7200, CPU)
 
 
 def test_without_a_compiler_training_is_not_compiled(monkeypatch):
@@ -138,7 +138,7 @@ def test_without_a_compiler_training_is_not_compiled(monkeypatch):
 
     monkeypatch.setattr(speed.torch, "compile", fail)
     with pytest.warns(UserWarning, match=r"torch.compile fails: no C\+\+ compiler$"):
-        assert not is_worth_compiling(3600, CPU)
+        assert not is_worth_compiling(7200, CPU)
 
 
 @pytest.mark.parametrize("long", [False, True])
