@@ -167,8 +167,9 @@ class _RunningNorm:
         # images.
         if last and all(map(torch.allclose, last[1:], (mean.cpu(), var.cpu()))):
             configs |= last.configs
-        for buffer, value in zip(self.buffers, (mean, var), strict=False):
-            buffer.copy_(value)
+        running_mean, running_var, _ = self.buffers
+        running_mean.copy_(mean)
+        running_var.copy_(var)
         measured[self.row] = _Measured(frozenset(configs), mean.cpu(), var.cpu())
 
     def measured_for(self) -> frozenset | None:
