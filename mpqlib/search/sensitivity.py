@@ -293,6 +293,36 @@ def check_ties(ties: Ties, base: BitConfig) -> tuple[tuple[str, ...], ...]:
     return groups
 
 
+def _moves_of(
+    name: str, part: str, base: BitConfig, candidates: Mapping[str, Candidates]
+) -> list[Move]:
+    """All changes of one bit-width of one layer."""
+    now, choices = getattr(base[name], part), getattr(candidates[name], part)
+    return [Move(name, part, now, bits) for bits in choices if bits != now]
+
+
+def _changes(
+    base: BitConfig, candidates: Mapping[str, Candidates], pairs: str
+) -> list[tuple[Move, ...]]:
+    """The changes that `measure_sensitivity` measures: single moves first, then pairs."""
+    moves = {
+        (name, part): _moves_of(name, part, base, candidates)
+        for name in base
+        for part in BIT_WIDTHS
+    }
+    changes = [(move,) for own in moves.values() for move in own]
+    if pairs != "none":
+        changes += [p for name in base for p in product(*(moves[name, w] for w in BIT_WIDTHS))]
+    if pairs == "neighbours":
+        changes += [
+            pair
+            for first, second in pairwise(base)
+            for part in BIT_WIDTHS
+            for pair in product(moves[first, part], moves[second, part])
+        ]
+    return changes
+
+
 def measure_sensitivity(
     supernet: Supernet,
     error: Error,
@@ -326,30 +356,17 @@ def measure_sensitivity(
     if (at_base := error(base)) == inf:
         raise ValueError("the error of the base is NaN or infinite: check weights, images and loss")
     group_of = {name: group for group in ties for name in group}
-    names = list(base)
-
-    def moves_of(name: str, part: str) -> list[Move]:
-        now, choices = getattr(base[name], part), getattr(supernet.candidates[name], part)
-        return [Move(name, part, now, bits) for bits in choices if bits != now]
 
     def is_left_out(move: Move) -> bool:
-        noises = [abs(_added_noise(m)) for m in moves_of(move.layer, move.part)]
+        others = _moves_of(move.layer, move.part, base, supernet.candidates)
+        noises = [abs(_added_noise(m)) for m in others]
         return sparse and abs(_added_noise(move)) < max(noises)
 
     def expand(move: Move) -> list[Move]:
         group = group_of.get(move.layer, [move.layer]) if move.part == "act" else [move.layer]
         return [move._replace(layer=name) for name in group]
 
-    changes = [(move,) for n in names for part in BIT_WIDTHS for move in moves_of(n, part)]
-    if pairs != "none":
-        changes += [p for n in names for p in product(*(moves_of(n, w) for w in BIT_WIDTHS))]
-    if pairs == "neighbours":
-        changes += [
-            pair
-            for first, second in pairwise(names)
-            for part in BIT_WIDTHS
-            for pair in product(moves_of(first, part), moves_of(second, part))
-        ]
+    changes, names = _changes(base, supernet.candidates, pairs), list(base)
     measured = {
         moves: nan
         if any(map(is_left_out, moves))
