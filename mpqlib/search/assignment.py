@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from math import gcd, inf, isfinite
+from numbers import Real
 from threading import Lock
 
 import numpy as np
@@ -304,6 +305,14 @@ def assignment(
     return path
 
 
+def check_table(table: Sensitivity, ties: Ties | None) -> None:
+    """Raises ValueError if `table` is no table, or has other ties than `ties`, if given."""
+    if not isinstance(table, Sensitivity):
+        raise ValueError(f"table={table!r} is no Sensitivity: read a file by Sensitivity.load")
+    if ties is not None and {frozenset(g) for g in table.ties} != {frozenset(g) for g in ties}:
+        raise ValueError(f"ties={ties!r}, but the table was measured with ties={table.ties!r}")
+
+
 def front(
     supernet: Supernet,
     error: Error,
@@ -317,15 +326,19 @@ def front(
 ) -> list[Step]:
     """Assigns bit-widths for each budget from one table; returns the best known step for each.
 
-    `budgets`: BitOPs per image. `table`: from `measure_sensitivity`, of the same ties; None is
-    `quick_table`. Each solution is evaluated once. A budget takes that with the
+    `budgets`: BitOPs per image. `table`: from `measure_sensitivity`, with the same `ties` if these
+    are given; None is `quick_table`. Each solution is evaluated once. A budget takes that with the
     lowest error of all solutions within it, so that the error never rises with the budget. The
     other parameters are as in `assignment`. Raises ValueError as `solve` does.
     """
-    error, budgets = cache(without_nan(error)), list(budgets)
+    if isinstance(budgets, (str, Real)) or not (budgets := list(budgets)):
+        raise ValueError(f"budgets={budgets!r} is not allowed: one or more BitOPs, such as [3e9]")
     for budget in budgets:
         check_limits(supernet, budget, size)
-    table = table or quick_table(supernet, error, ties)
+    error = cache(without_nan(error))
+    if table is None:
+        table = quick_table(supernet, error, ties)
+    check_table(table, ties)
     table = table.smooth() if smooth else table
     known = []
     for budget in budgets:

@@ -1,10 +1,11 @@
 """How the error changes when one bit-width of one layer changes: a table that is a file."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise, product
-from math import inf, isfinite, nan
+from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from statistics import mean
 
@@ -124,7 +125,10 @@ class Sensitivity:
         }
 
     def check(self, supernet: Supernet) -> None:
-        """Raises ValueError if the table does not have the layers and candidates of `supernet`."""
+        """Raises ValueError unless the table is complete, and of the network `supernet`.
+
+        It must have the layers and candidates of the supernet, and tie all layers that it ties.
+        """
         check_config("base", self.base, supernet.candidates)
         for name, own in self.candidates.items():
             if own != supernet.candidates[name]:
@@ -132,6 +136,17 @@ class Sensitivity:
                     f"the sensitivity table has {own} of layer {name!r}, the supernet has "
                     f"{supernet.candidates[name]}: measure the table again"
                 )
+        for group in tied_inputs(supernet.table):
+            if not any(set(group) <= set(own) for own in self.ties):
+                raise ValueError(
+                    f"the sensitivity table does not tie {list(group)}, the supernet does: measure "
+                    "the table again"
+                )
+        if any(map(isnan, self.errors.values())):
+            raise ValueError(
+                "the sensitivity table lacks errors that were not measured (sparse=True): use its "
+                "smooth()"
+            )
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each candidate of each bit-width, the base's included, then the pairs."""
@@ -171,17 +186,21 @@ class Sensitivity:
             if base.setdefault(move[:2], move.before) != move.before or (move,) in errors:
                 raise ValueError(f"rows of layer {move.layer!r}, {move.part}, contradict another")
             errors[(move,)] = row.error
+        _check_pairs(table[paired])
         for row in table[paired].itertuples(index=False):
             first = Move(row.layer, row.part, row.base_bits, row.bits)
             numbers = int(row.other_base_bits), int(row.other_bits)
             second = Move(row.other_layer, row.other_part, *numbers)
             if not {(first,), (second,)} <= errors.keys():
                 raise ValueError(f"a pair has a change without a row of its own: {first}, {second}")
+            if (first, second) in errors:
+                raise ValueError(f"two rows have the pair {first}, {second}")
             errors[first, second] = row.error
         names = list(dict.fromkeys(table["layer"]))
         for place in product(names, BIT_WIDTHS):
             if errors.pop((Move(*place, base.get(place), base.get(place)),), None) is None:
                 raise ValueError(f"a row is missing: {place} at the bits of the base")
+        _check_all_pairs(errors)
         base = BitConfig.of({n: (base[n, "weight"], base[n, "act"]) for n in names})
         follows = table.loc[table["input_of"].notna(), ["layer", "input_of"]].drop_duplicates()
         groups: dict[str, list[str]] = {}
@@ -243,6 +262,25 @@ def _check_columns(table: pd.DataFrame) -> None:
     at_base = table["bits"] == table["base_bits"]
     if not (table.loc[at_base, "error"] == base.iloc[0]).all():
         raise ValueError("the error of a row without a change is not 'base_error'")
+
+
+def _check_pairs(table: pd.DataFrame) -> None:
+    """Raises ValueError for an entry that no row of a pair has."""
+    if missing := [name for name in _OTHER if len(table) and name not in table]:
+        raise ValueError(f"columns are missing: {missing}")
+    for name in _OTHER[2:] if len(table) else ():
+        bits = pd.to_numeric(table[name])
+        if not (bits % 1 == 0).all():
+            raise ValueError(f"column {name!r} holds something else than whole numbers")
+
+
+def _check_all_pairs(errors: Mapping[tuple[Move, ...], float]) -> None:
+    """Raises ValueError if two places have some pairs of changes, but not all of them."""
+    singles = Counter(moves[0][:2] for moves in errors if len(moves) == 1)
+    pairs = Counter(tuple(m[:2] for m in moves) for moves in errors if len(moves) == 2)
+    for (one, other), count in pairs.items():
+        if count != singles[one] * singles[other]:
+            raise ValueError(f"rows of pairs are missing: {one} and {other}")
 
 
 def pool_tables(tables: Sequence[Sensitivity]) -> Sensitivity:
@@ -339,8 +377,9 @@ def measure_sensitivity(
     "layers" (weights and activations of one layer), or "neighbours" (also the weights, and the
     activations, of two layers that follow each other, as in CLADO, arXiv 2307.05657). `sparse`:
     measure only the change with the most rounding noise, which is almost always that to the fewest
-    bits; other errors are NaN until the table is smoothed. `ties`: groups of layers that share
-    their activation bits; None is those that the supernet ties.
+    bits; other errors are NaN until the table is smoothed, but measured as well if that error is
+    infinite. `ties`: groups of layers that share their activation bits; None is those that the
+    supernet ties.
 
     Starts at the last layer, so that few outputs change from one configuration to the next. Raises
     ValueError for a value that is not allowed, and if the error of the base is not finite.
@@ -366,11 +405,16 @@ def measure_sensitivity(
         group = group_of.get(move.layer, [move.layer]) if move.part == "act" else [move.layer]
         return [move._replace(layer=name) for name in group]
 
+    def measure(moves: tuple[Move, ...]) -> float:
+        return error(apply_moves(base, [each for move in moves for each in expand(move)]))
+
     changes, names = _changes(base, supernet.candidates, pairs), list(base)
-    measured = {
-        moves: nan
-        if any(map(is_left_out, moves))
-        else error(apply_moves(base, [each for move in moves for each in expand(move)]))
-        for moves in sorted(changes, key=lambda moves: -names.index(moves[0].layer))
-    }
+    backwards = sorted(changes, key=lambda moves: -names.index(moves[0].layer))
+    left_out = {moves for moves in changes if any(map(is_left_out, moves))}
+    measured = {moves: nan if moves in left_out else measure(moves) for moves in backwards}
+    # An infinite error says nothing about the other bit-widths in its place.
+    unknown = {moves[0][:2] for moves, found in measured.items() if sparse and found == inf}
+    for moves in backwards:
+        if moves in left_out and moves[0][:2] in unknown:
+            measured[moves] = measure(moves)
     return Sensitivity(base, at_base, {moves: measured[moves] for moves in changes}, ties)

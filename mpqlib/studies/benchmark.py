@@ -5,6 +5,7 @@ import math
 import signal
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from functools import partial
@@ -299,6 +300,9 @@ NETWORKS = {
 }
 
 
+FILE_COLUMNS = ["measure", "of", "median", "least", "most", "n", "took", "error"]  # of its file
+
+
 def peak_memory(name: str, size: int, batch: int, device: str | torch.device) -> list[float]:
     """GiB of an accelerator's memory that a one-shot step takes at its peak."""
     x, y, _, supernet = setting(name, size, batch, device)
@@ -363,15 +367,20 @@ def run_command(
 
     signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
-    output.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
+
+    def write() -> None:
+        table = pd.DataFrame(rows, columns=FILE_COLUMNS)
+        save_atomically(output, lambda part: table.to_csv(part, index=False))
+
+    write()  # replaces what an earlier run left, and fails at once if it cannot be written
     for measure, name, task in measurements(networks, device, repeats):
         started = time.perf_counter()
         try:
             values = task()
         except Exception as error:  # of any kind, such as memory or compilation
             values = {"": math.nan}
-            failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            failure = traceback.format_exception_only(error)[0].splitlines()[0][:200]
         else:
             failure = None
         found = values if isinstance(values, dict) else {"": values}
@@ -380,8 +389,7 @@ def run_command(
             row = dict(measure=f"{measure} {kind}".strip(), of=name, **summary(numbers))
             rows.append(row | dict(took=time.perf_counter() - started, error=failure))
             print(rows[-1], flush=True)
-        table = pd.DataFrame(rows)
-        save_atomically(output, lambda part, table=table: table.to_csv(part, index=False))
+        write()
     signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -394,6 +402,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark/metrics.csv"))
     parser.add_argument("--networks", choices=NETWORKS, help="default: those of the device")
     options = parser.parse_args()
+    if not 0 < options.minutes < math.inf or options.repeats < 1:
+        parser.error("--minutes must be a number above 0, --repeats at least 1")
     device = select_device(options.device)
     networks = NETWORKS[options.networks or ("cuda" if device.type != "cpu" else "cpu")]
     how = dict(repeats=options.repeats, minutes=options.minutes, output=options.output)

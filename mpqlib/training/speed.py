@@ -51,7 +51,7 @@ def can_compile(device: torch.device) -> bool:
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # of many kinds, such as a missing compiler
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"training is not compiled, because torch.compile fails: {reason}", stacklevel=2
         )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from math import inf, isclose, nan
 
 import numpy
+import pandas as pd
 import pytest
 from conftest import images
 from hypothesis import assume, given, settings
@@ -337,6 +338,59 @@ def test_sparse_table_measures_the_noisiest_change_and_comes_back_from_its_file(
     assert Sensitivity.load(file).smooth() == smooth
 
 
+def test_a_table_with_errors_that_were_not_measured_is_not_solved():
+    stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
+    sparse = measure_sensitivity(stand, made_up_error(0), sparse=True)
+    for call in (
+        lambda: solve(stand, sparse),
+        lambda: front(stand, made_up_error(0), [1e9], sparse, smooth=False),
+    ):
+        with pytest.raises(ValueError, match=r"not measured \(sparse=True\): use its smooth"):
+            call()
+
+
+def test_where_the_fewest_bits_fail_the_default_table_measures_the_others():
+    stand = Stand((1, 1, 1), [((2, 3, 4, 5, 6),) * 2] * 3)
+    weights = {"l0": 10, "l1": 20, "l2": 40}
+
+    def error(config):
+        if any(2 in bits for bits in config.values()):
+            return nan
+        return sum(weights[n] * (4.0**-w + 4.0**-a) for n, (w, a) in config.items())
+
+    for level in (3.2, 3.7, 4.5):
+        budget = 3 * level**2
+        within = [error(c) for c in stand.every() if bitops(stand.table, c) <= budget]
+        found = assignment(stand, error, budget)[-1]
+        assert isclose(found.error, min(e for e in within if e == e))
+
+
+PAIR_ROWS = {
+    "a row is missing": (lambda table: table.drop(index=table.index[-1]), "rows of pairs are miss"),
+    "a row stands twice": (
+        lambda table: pd.concat([table, table.tail(1)]),
+        "two rows have the pair",
+    ),
+    "half a bit": (
+        lambda table: table.assign(other_bits=table["other_bits"] + 0.5),
+        "'other_bits'",
+    ),
+    "a column is missing": (
+        lambda table: table.drop(columns="other_part"),
+        "missing: .'other_part'",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", PAIR_ROWS.values(), ids=PAIR_ROWS)
+def test_damaged_rows_of_pairs_are_named(tmp_path, change, message):
+    stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
+    table = measure_sensitivity(stand, made_up_error(0), pairs="layers").to_frame()
+    change(table.astype({"other_bits": float})).to_csv(file := tmp_path / "table.csv", index=False)
+    with pytest.raises(ValueError, match=message):
+        Sensitivity.load(file)
+
+
 def damage(**columns):
     """Replaces the entry of the second row in some columns."""
 
@@ -387,6 +441,20 @@ def test_a_table_of_another_network_is_refused():
         solve(Stand((9, 4), [((2, 3, 4),) * 2] * 2), table_of(), 1e9)
 
 
+def test_a_table_with_other_ties_is_refused():
+    stand, error = Stand((9, 4), [((2, 3, 4),) * 2] * 2), made_up_error(0)
+    table, ties = measure_sensitivity(stand, error), [("l0", "l1")]
+    with pytest.raises(ValueError, match=r"ties=.*'l0', 'l1'.*measured with ties=\(\)"):
+        front(stand, error, [1e9], table, ties=ties)
+    tied = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
+    tied.table = [tied.table[0], replace(tied.table[1], input_of="l0")]
+    with pytest.raises(ValueError, match=r"does not tie .'l0', 'l1'., the supernet does"):
+        front(tied, error, [1e9], table)
+    same = measure_sensitivity(tied, error)
+    step = front(tied, error, [1e9], same, ties=[("l1", "l0")])[0]
+    assert step.config["l0"].act == step.config["l1"].act
+
+
 def test_what_is_not_allowed_is_named():
     stand, error = Stand((9, 4), [((2, 3, 4),) * 2, ((3,), (4, 6))]), made_up_error(0)
     base, uneven = largest(stand.candidates), BitConfig.of({"l0": (2, 3), "l1": (3, 4)})
@@ -410,6 +478,11 @@ def test_what_is_not_allowed_is_named():
     ]:
         with pytest.raises(ValueError, match=message):
             solve(stand, table, **options)
+    for budgets in ([], 3e9, "3e9"):
+        with pytest.raises(ValueError, match=r"budgets=.* is not allowed: one or more BitOPs"):
+            front(stand, error, budgets)
+    with pytest.raises(ValueError, match=r"table='a.csv' is no Sensitivity: read a file by"):
+        front(stand, error, [3e9], "a.csv")
     with pytest.raises(ValueError, match="rounds=-1 is not allowed"):
         assignment(stand, error, base=base, rounds=-1)
 

@@ -50,17 +50,41 @@ def test_the_command_keeps_what_it_measured_and_goes_on_after_an_error(tmp_path,
     def hang():
         time.sleep(60)
 
+    def run_out_of_memory():
+        raise MemoryError
+
     tasks = {"ratio": lambda: [1.0, 3.0, 2.0], "error": fail, "seconds": lambda: {"a": 1.0}}
+    tasks["error without text"] = run_out_of_memory
     planned = [(name, "net", task) for name, task in [*tasks.items(), ("hang", hang)]]
     monkeypatch.setattr(benchmark, "measurements", lambda *_: planned)
     output = tmp_path / "new" / "metrics.csv"
     with pytest.raises(SystemExit, match=r"0\.02 minutes are over"):
         benchmark.run_command([], torch.device("cpu"), repeats=1, minutes=0.02, output=output)
     table = pd.read_csv(output).set_index("measure")
-    assert list(table.index) == ["ratio", "error", "seconds a"]
+    assert list(table.index) == ["ratio", "error", "seconds a", "error without text"]
     assert table.loc["ratio", ["median", "least", "most", "n"]].tolist() == [2, 1, 3, 3]
     assert table.loc["error", "error"] == "RuntimeError: no memory"
-    assert table["error"].notna().sum() == 1
+    assert table.loc["error without text", "error"] == "MemoryError"
+    assert table["error"].notna().sum() == 2
+
+
+def test_the_command_replaces_an_earlier_file_before_it_measures(tmp_path, monkeypatch):
+    plan = [("hang", "net", lambda: time.sleep(60))]
+    monkeypatch.setattr(benchmark, "measurements", lambda *_: plan)
+    how = dict(repeats=1, minutes=0.01)
+    (output := tmp_path / "metrics.csv").write_text("measure\nof an earlier run\n")
+    with pytest.raises(SystemExit):
+        benchmark.run_command([], torch.device("cpu"), **how, output=output)
+    assert pd.read_csv(output).empty
+    with pytest.raises(ValueError, match="cannot be written: it is a folder"):
+        benchmark.run_command([], torch.device("cpu"), **how, output=tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [["--minutes", "0"], ["--minutes", "nan"], ["--repeats", "0"]])
+def test_the_command_refuses_what_cannot_be(wrong, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmark", *wrong])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
 
 
 def test_the_command_measures_every_way_to_run_the_passes_on_each_network():
