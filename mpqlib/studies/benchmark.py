@@ -7,6 +7,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -348,6 +349,39 @@ def measurements(
     yield "seconds", name, partial(search_seconds, name, size, device)
 
 
+@contextmanager
+def time_limit(minutes: float, message: str) -> Iterator[None]:
+    """Raises SystemExit with `message` if the block is not left within `minutes`."""
+
+    def stop(*_) -> None:
+        raise SystemExit(message)
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def take_rows(measure: str, name: str, task: Callable[[], object]) -> list[dict]:
+    """Measures by `task`; returns one row, or one for each entry if it returns a dict.
+
+    An error of any kind, such as too little memory, becomes a row without values.
+    """
+    started, failure = time.perf_counter(), None
+    try:
+        values = task()
+    except Exception as error:
+        values, failure = math.nan, traceback.format_exception_only(error)[0].splitlines()[0][:200]
+    took = dict(took=time.perf_counter() - started, error=failure)
+    rows = []
+    for kind, found in (values if isinstance(values, dict) else {"": values}).items():
+        numbers = found if isinstance(found, Sequence) else [found]
+        rows.append(dict(measure=f"{measure} {kind}".strip(), of=name, **summary(numbers), **took))
+    return rows
+
+
 def run_command(
     networks: Sequence[tuple[str, int, int]],
     device: torch.device,
@@ -358,39 +392,22 @@ def run_command(
 ) -> None:
     """Measures one after the other, and writes each result to the csv file `output` at once.
 
-    Stops when `minutes` are over; the measurement in work is then lost. An error becomes a row, so
-    that the others are still measured.
+    Stops when `minutes` are over; the measurement in work is then lost. Replaces what an earlier
+    run left in `output`. Raises ValueError, before anything is measured, if it cannot be written.
     """
-
-    def stop(*_) -> None:
-        raise SystemExit(f"{minutes} minutes are over: {output} holds what was measured")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
     rows: list[dict] = []
 
     def write() -> None:
         table = pd.DataFrame(rows, columns=FILE_COLUMNS)
         save_atomically(output, lambda part: table.to_csv(part, index=False))
 
-    write()  # replaces what an earlier run left, and fails at once if it cannot be written
-    for measure, name, task in measurements(networks, device, repeats):
-        started = time.perf_counter()
-        try:
-            values = task()
-        except Exception as error:  # of any kind, such as memory or compilation
-            values = {"": math.nan}
-            failure = traceback.format_exception_only(error)[0].splitlines()[0][:200]
-        else:
-            failure = None
-        found = values if isinstance(values, dict) else {"": values}
-        for kind, numbers in found.items():
-            numbers = list(numbers) if isinstance(numbers, Sequence) else [numbers]
-            row = dict(measure=f"{measure} {kind}".strip(), of=name, **summary(numbers))
-            rows.append(row | dict(took=time.perf_counter() - started, error=failure))
-            print(rows[-1], flush=True)
-        write()
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    write()
+    with time_limit(minutes, f"{minutes} minutes are over: {output} holds what was measured"):
+        for measure, name, task in measurements(networks, device, repeats):
+            found = take_rows(measure, name, task)
+            print(*found, sep="\n", flush=True)
+            rows += found
+            write()
 
 
 def main() -> None:
