@@ -231,7 +231,7 @@ class Adapted(nn.Module):
         seen, _ = observe(network, example[:1], convs)
         self.macs = {name: seen[name].macs for name in convs}  # of one image
         self.adapter_bits = adapter_bits
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.requires_grad_(False)
         made = {
             conv: AdaptedConv2d(conv, bits[name], granularity, deviations)
             for name, conv in convs.items()
@@ -239,6 +239,7 @@ class Adapted(nn.Module):
         for parent in list(self.modules()):
             for name, child in parent._modules.items():  # under all its names
                 parent._modules[name] = made.get(child, child)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's output for images (N, C, H, W)."""

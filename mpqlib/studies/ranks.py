@@ -93,14 +93,14 @@ def search_ranks(
         spent = sum(conv.share * omega[name] for name, conv in convs.items())
         loss = rank_loss(adapted(images[chosen]), targets[chosen], spent, budget, gamma)
         if not loss.isfinite():
-            raise FloatingPointError(f"the loss of the rank search is {float(loss)}: check images")
+            raise FloatingPointError(f"the loss of the rank search is {loss.item()}: check images")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_value_(shares, clip)
         optimizer.step()
         for conv in convs.values():
             conv.share.data.clamp_(1 / conv.rank, 1)
-    return {name: float(conv.share) for name, conv in convs.items()}
+    return {name: conv.share.item() for name, conv in convs.items()}
 
 
 def fit_ranks(

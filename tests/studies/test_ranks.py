@@ -48,7 +48,7 @@ def test_loss_agrees_with_its_literal_twin(seed, teacher, spent, budget, gamma):
     generator = torch.Generator().manual_seed(seed)
     logits, other = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) * 3
     targets = other if teacher else torch.randint(4, (5,), generator=generator)
-    found = ranks.rank_loss(logits, targets, torch.tensor(spent).double(), budget, gamma)
+    found = ranks.rank_loss(logits, targets, torch.tensor(spent, dtype=torch.float64), budget, gamma)
     expected = literal_loss(logits.tolist(), targets.tolist(), spent, budget, gamma, teacher)
     assert float(found) == pytest.approx(expected, rel=1e-9)
 
@@ -126,14 +126,10 @@ class Weighed(nn.Module):
         return self.last(x.relu().mean((2, 3)))
 
 
-@pytest.mark.parametrize("teacher", [False, True])
-def test_search_gives_ranks_to_the_layer_that_counts(teacher):
+def test_search_gives_ranks_to_the_layer_that_counts():
     torch.manual_seed(0)
     subject, dataset = Weighed(), images(64)
-    with torch.no_grad():
-        labels = subject(dataset.tensors[0]).argmax(1)  # what float weights say is right
-    dataset = TensorDataset(dataset.tensors[0], labels)
-    how = dict(bits=2, budget=0.7, iterations=150, batch_size=64, teacher=teacher)
+    how = dict(bits=2, budget=0.7, iterations=150, batch_size=64, teacher=True)
     found = cora(subject, dataset, **how).ranks
     assert found["heard"] > found["unheard"] >= 1
     uniform = cora(subject, dataset, **how | dict(iterations=0)).ranks
@@ -207,8 +203,8 @@ def test_a_seed_gives_the_same_ranks():
         for conv in adapted.convs.values():
             conv.cut_softly(0.5, order=4)
         x, y = images(48).tensors
-        how = dict(iterations=4, batch_size=8, seed=seed)
-        return ranks.search_ranks(adapted, adapted.convs, x, y, 0.1, **how)
+        how = dict(iterations=8, batch_size=8, seed=seed)
+        return ranks.search_ranks(adapted, adapted.convs, x, y, 10.0, **how)
 
     assert shares(0) == shares(0) != shares(1)
     assert all(0 < share <= 1 for share in shares(0).values())
