@@ -105,14 +105,20 @@ class Trial:
     options: Mapping
 
 
-def trials_of_recovery(bits: Sequence[int], budget: float) -> list[Trial]:
-    """The float network; then each bit-width, granularity and norm without and with adapters.
+def trials_of_recovery(
+    bits: Sequence[int],
+    budget: float,
+    granularity: Sequence[str] = GRANULARITIES,
+    recalibrate: Sequence[bool] = (False, True),
+) -> list[Trial]:
+    """The float network; then each bit-width and setting, without and with adapters.
 
-    The adapters have uniform ranks, so that no search has a part in this. `budget`: as in `cora`.
+    The adapters have uniform ranks, so that no search has a part in this. `budget`, and the entries
+    of the others: as in `cora`.
     """
     trials = [Trial("float", "float", dict(bits=FLOAT_BITS, budget=0))]
-    for width, granularity, recalibrate in product(bits, GRANULARITIES, (False, True)):
-        how = dict(bits=width, granularity=granularity, recalibrate=recalibrate, iterations=0)
+    for width, per, again in product(bits, granularity, recalibrate):
+        how = dict(bits=width, granularity=per, recalibrate=again, iterations=0)
         trials.append(Trial("recovery", "quantized", how | dict(budget=0)))
         trials.append(Trial("recovery", "adapters", how | dict(budget=budget)))
     return trials
@@ -243,7 +249,7 @@ def measure_trial(subject: Subject, trial: Trial, seed: int, device: str | torch
     started = time.perf_counter()
     adapted = cora(subject.network, subject.calibration, **options, seed=seed, device=device)
     seconds = time.perf_counter() - started
-    found = evaluate(adapted, subject.test, device=device)
+    found = evaluate(adapted, subject.test, device=device, batch_size=64)
     widths = {conv.bits for conv in adapted.convs.values()}
     return {
         "study": trial.study,
@@ -304,6 +310,9 @@ def size_plot(metrics: pd.DataFrame) -> Figure:
             axis.errorbar(part["equivalent_bits"].mean(), mean, spread, label=label, **style)
         axis.axhline(in_float, linestyle="--", color="0.7", linewidth=1)
         axis.set(title=study, xlabel="equivalent bits per weight", ylabel="test top-1 (%)")
+        left, right = axis.get_xlim()
+        middle = (left + right) / 2
+        axis.set_xlim(min(left, middle - 0.5), max(right, middle + 0.5))  # equal sizes look equal
         axis.legend(frameon=False, fontsize=8)
     return figure
 
