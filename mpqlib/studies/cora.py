@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from IPython.display import Markdown
 
 PRETRAINED = "imagenet-val"  # a data set: halves of ImageNet's validation images, no training
-MEASURED = {  # columns that the table shows: column -> head
+TABLE_COLUMNS = {  # columns that the table shows: column -> head
     "added_percent": "added weights (%)",
     "equivalent_bits": "equivalent bits",
     "size_mb": "size (MB)",
@@ -279,10 +279,10 @@ def metrics_table(metrics: pd.DataFrame) -> Markdown:
         mean, low, high = t_interval(part["top1"])
         top1 = f"\u2248 {mean:.1f}" + (f" \u2248 [{low:.1f}, {high:.1f}]" if len(part) > 1 else "")
         width = "mixed" if pd.isna(bits) else f"{bits:.0f}"
-        costs = [f"\u2248 {part[column].mean():.3g}" for column in MEASURED]
+        costs = [f"\u2248 {part[column].mean():.3g}" for column in TABLE_COLUMNS]
         iterations = str(part["iterations"].max())
         lines.append([study, arm, width, granularity, norms, *costs, iterations, top1])
-    heads = ["study", "arm", "bits", "range per", "norms", *MEASURED.values()]
+    heads = ["study", "arm", "bits", "range per", "norms", *TABLE_COLUMNS.values()]
     return show_markdown(markdown_table([*heads, "iterations", "test top-1 (%)"], lines))
 
 
