@@ -48,7 +48,9 @@ def test_loss_agrees_with_its_literal_twin(seed, teacher, spent, budget, gamma):
     generator = torch.Generator().manual_seed(seed)
     logits, other = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) * 3
     targets = other if teacher else torch.randint(4, (5,), generator=generator)
-    found = ranks.rank_loss(logits, targets, torch.tensor(spent, dtype=torch.float64), budget, gamma)
+    found = ranks.rank_loss(
+        logits, targets, torch.tensor(spent, dtype=torch.float64), budget, gamma
+    )
     expected = literal_loss(logits.tolist(), targets.tolist(), spent, budget, gamma, teacher)
     assert float(found) == pytest.approx(expected, rel=1e-9)
 
