@@ -11,6 +11,7 @@ from .search.assignment import assignment, front
 from .search.error import batch_error
 from .search.greedy import greedy
 from .search.sensitivity import Sensitivity, measure_sensitivity
+from .studies.ranks import cora
 from .training.evaluation import decoded, evaluate, recalibrate, select_device
 from .training.loop import TrainConfig, train
 from .training.step import one_shot_gradients
@@ -25,6 +26,7 @@ __all__ = [
     "bitops",
     "bitops_at",
     "check_budget",
+    "cora",
     "data",
     "decoded",
     "evaluate",

@@ -38,6 +38,9 @@ WINGS = {
         "scheduler_ablation",
         "idm_density",
         "search",
+        "adapters",
+        "ranks",
+        "cora",
         "benchmark",
     ],
 }

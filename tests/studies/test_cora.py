@@ -1,0 +1,124 @@
+"""The comparison of adapters: its trials, its rows and its pictures."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TinyNet, images
+from PIL import Image
+from torch import nn
+
+from mpqlib import models
+from mpqlib.studies import cora as study
+from mpqlib.training.loop import TrainConfig
+
+
+@pytest.fixture
+def subject() -> study.Subject:
+    torch.manual_seed(0)
+    return study.Subject(TinyNet().eval(), images(32), images(24, seed=1))
+
+
+def measured(subject: study.Subject, trials: list, seeds=(0, 1)) -> pd.DataFrame:
+    rows = [study.measure_trial(subject, trial, seed, "cpu") for seed in seeds for trial in trials]
+    return pd.DataFrame(rows)
+
+
+def test_recovery_pairs_adapters_with_the_same_network_without_them(subject):
+    first, *rest = study.trials_of_recovery([4, 3], budget=0.5)
+    assert first.options["bits"] == 32 and len(rest) == 2 * 2 * 2 * 2
+    for without, adapters in zip(rest[::2], rest[1::2], strict=True):
+        assert (without.arm, adapters.arm) == ("quantized", "adapters")
+        assert without.options | dict(budget=0.5) == adapters.options
+    assert len({json.dumps(trial.options, sort_keys=True) for trial in rest}) == len(rest)
+
+
+def test_rows_say_what_was_measured(subject):
+    options = dict(granularity="tensor", recalibrate=True, iterations=2, batch_size=16)
+    trials = study.trials_of_ranks([3], 0.5, options)
+    rows = measured(subject, trials).set_index(["arm", "seed"])
+    assert rows.index.unique(0).tolist() == ["uniform", "searched", "searched, teacher"]
+    row = rows.loc[("searched", 0)]
+    assert (row["bits"], row["granularity"], row["norms"]) == (3, "tensor", "recalibrated")
+    assert row["iterations"] == 2 and rows.loc[("uniform", 0), "iterations"] == 0
+    assert set(json.loads(row["ranks"])) == {"stem.0", "depthwise", "pointwise"}
+    assert (rows["added_percent"] <= 50).all() and rows["top1"].between(0, 100).all()
+    again = study.measure_trial(subject, trials[1], 0, "cpu")
+    assert again["ranks"] == row["ranks"] and again["top1"] == row["top1"]
+
+
+def test_depthwise_arms_have_the_same_size(subject):
+    arms = study.depthwise_arms(subject.network, 3)
+    trials = study.trials_at_size(subject.network, "depth-wise", 10.0, arms, {})
+    rows = measured(subject, trials, seeds=[0]).set_index("arm")
+    sizes = rows["equivalent_bits"]
+    one = 8 * 35 / 384  # the largest component, in bits per weight
+    assert (sizes <= 10).all() and (sizes > 10 - one).all()
+    ranks = rows["ranks"].map(json.loads)
+    assert ranks["shared filters"]["depthwise"] >= 1
+    assert all(ranks[arm]["depthwise"] == 0 for arm in ("no adapters", "8 bits", "float weights"))
+    with pytest.raises(ValueError, match=r"weights of 'float weights' take 8\.4"):
+        study.trials_at_size(subject.network, "depth-wise", 5.0, arms, {})
+    assert study.depthwise_arms(nn.Sequential(nn.Conv2d(3, 3, 1)), 4) == {}
+
+
+def test_mixed_bits_keep_their_mean_and_the_network(subject):
+    network, (x, y) = subject.network, subject.calibration.tensors
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    bits = study.assign_bits(network, x, y, 4.0, [2, 3, 4, 5, 6])
+    assert set(bits) == {"stem.0", "depthwise", "pointwise"}
+    assert study.mean_bits(network, bits) <= 4 and len(set(bits.values())) > 1
+    assert all(torch.equal(before[n], value) for n, value in network.state_dict().items())
+
+
+def test_mixed_arms_have_at_most_the_same_size(subject):
+    arms = study.mixed_arms(subject, 5, 0.25, [2, 3, 4, 5, 6, 7], images=16)
+    trials = study.trials_at_size(subject.network, "mixed", 5, arms, dict(exempt=["stem.0"]))
+    rows = measured(subject, trials, seeds=[0]).set_index("arm")
+    assert (rows["equivalent_bits"] <= 5 + 1e-9).all()
+    assert rows.loc["equal bits", "equivalent_bits"] == 5
+    assert rows["bits"].notna()["equal bits"] and rows["bits"].isna()["mixed bits"]
+    assert rows.loc["mixed bits, adapters", "added_percent"] > 0
+
+
+def test_pictures_and_table_show_every_arm(subject):
+    trials = study.trials_of_recovery([3], 0.5) + study.trials_of_ranks([4, 3], 0.5, {})
+    metrics = measured(subject, trials)
+    text = study.metrics_table(metrics).data
+    assert text.count("\n") == 1 + len(trials)
+    assert all(arm in text for arm in metrics["arm"])
+    (axis,) = study.size_plot(metrics).axes
+    labels = [label.get_text() for label in axis.get_legend().get_texts()]
+    assert "searched, 3 bits" in labels and len(labels) == 6
+    (axis,) = study.ranks_plot(metrics, 4).axes
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["stem.0", "depthwise", "pointwise"]
+
+
+def test_a_trained_subject_depends_on_its_seed():
+    config = TrainConfig(epochs=1, batch_size=32, lr=0.01)
+    how = dict(config=config, image_size=8, train_images=64, calibration_images=20)
+    one, same, other = (
+        study.load_subject("resnet20_cifar", "digits", "data", seed, **how) for seed in (0, 0, 1)
+    )
+    assert len(one.calibration) == 20 and len(one.test) == 359
+    assert torch.equal(one.calibration.tensors[0], same.calibration.tensors[0])
+    assert not torch.equal(one.calibration.tensors[1], other.calibration.tensors[1])
+    states = [tuple(s.network.parameters()) for s in (one, same, other)]
+    assert all(map(torch.equal, states[0], states[1]))
+    assert not all(map(torch.equal, states[0], states[2]))
+
+
+def test_a_pretrained_subject_halves_the_validation_images(tmp_path, monkeypatch):
+    for i, wnid in enumerate(["n01440764", "n01484850", "n01494475", "n01498041"]):
+        (tmp_path / "val" / wnid).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(tmp_path / "val" / wnid / "x.png")
+    view = models.preprocessing("resnet20_cifar")
+    monkeypatch.setattr(study, "preprocessing", lambda name: view)
+    monkeypatch.setattr(study, "create", lambda name, classes, pretrained: TinyNet())
+    config = TrainConfig(epochs=0)
+    found = study.load_subject("x", study.PRETRAINED, tmp_path, 0, config=config)
+    labels = [part.tensors[1].tolist() for part in (found.calibration, found.test)]
+    assert sorted(labels[0] + labels[1]) == [0, 2, 4, 6]  # of all 1000 classes
+    assert [len(part) for part in labels] == [2, 2]
+    assert found.test.tensors[0].shape == (2, 3, 32, 32)

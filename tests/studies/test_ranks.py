@@ -1,0 +1,255 @@
+"""The rank search against a literal loss, and properties of what `cora` returns."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import TinyNet, images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import mpqlib
+from mpqlib.studies import ranks
+from mpqlib.studies.adapters import Adapted, butterworth
+from mpqlib.studies.ranks import cora
+
+QUICK = dict(iterations=3, batch_size=16)
+
+
+def network() -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet()
+
+
+def literal_loss(logits, targets, spent, budget, gamma, teacher):
+    """The loss with Python's numbers alone: lists of rows."""
+
+    def shares(row):
+        total = math.fsum(math.exp(v) for v in row)
+        return [math.exp(v) / total for v in row]
+
+    losses = []
+    for row, target in zip(logits, targets, strict=True):
+        q = shares(row)
+        if teacher:
+            p = shares(target)
+            losses.append(math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+        else:
+            losses.append(-math.log(q[target]))
+    over = spent - budget if spent > budget else 0.0
+    return math.fsum(losses) / len(losses) + gamma * math.exp(over)
+
+
+@given(st.integers(0, 10**6), st.booleans(), st.floats(0, 2), st.floats(0, 2), st.floats(0, 3))
+def test_loss_agrees_with_its_literal_twin(seed, teacher, spent, budget, gamma):
+    generator = torch.Generator().manual_seed(seed)
+    logits, other = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) * 3
+    targets = other if teacher else torch.randint(4, (5,), generator=generator)
+    found = ranks.rank_loss(
+        logits, targets, torch.tensor(spent, dtype=torch.float64), budget, gamma
+    )
+    expected = literal_loss(logits.tolist(), targets.tolist(), spent, budget, gamma, teacher)
+    assert float(found) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 12))
+def test_batches_show_every_image_once_an_epoch(count, size, batches):
+    size = min(size, count)
+    drawn = list(ranks.draw_batches(count, size, batches, seed=1))
+    assert [len(batch) for batch in drawn] == [size] * batches
+    order = [i for batch in drawn for i in batch.tolist()]
+    for start in range(0, len(order) - count + 1, count):
+        assert sorted(order[start : start + count]) == list(range(count))
+
+
+LAYER = st.tuples(st.floats(0.01, 1), st.integers(1, 60), st.integers(1, 500))
+
+
+@settings(deadline=None)
+@given(st.lists(LAYER, min_size=1, max_size=6), st.floats(0, 1.2))
+def test_ranks_fit_their_budget_and_use_it(layers, generosity):
+    shares, full, component = map(list, zip(*layers, strict=True))
+    wanted = [share * most for share, most in zip(shares, full, strict=True)]
+    least, most = sum(component), sum(f * c for f, c in zip(full, component, strict=True))
+    limit = least + generosity * (most - least)
+    found = ranks.fit_ranks(wanted, full, component, limit)
+    assert all(1 <= rank <= top for rank, top in zip(found, full, strict=True))
+    held = sum(rank * c for rank, c in zip(found, component, strict=True))
+    assert held <= limit
+    growing = [c for rank, top, c in zip(found, full, component, strict=True) if rank < top]
+    assert limit - held < max(growing, default=math.inf)
+    with pytest.raises(ValueError, match="cannot be met"):
+        ranks.fit_ranks(wanted, full, component, least - 1)
+
+
+def test_ranks_keep_their_proportions():
+    assert ranks.fit_ranks([1.0, 2.0, 4.0], [100] * 3, [1] * 3, 70) == [10, 20, 40]
+    assert ranks.fit_ranks([3.0, 3.0, 3.0], [100] * 3, [1] * 3, 10) in ([4, 3, 3], [3, 4, 3])
+    assert ranks.fit_ranks([1e-9, 5.0], [8, 8], [1, 1], 9) == [1, 8]
+
+
+def test_gradients_reach_the_shares_alone():
+    adapted = Adapted(network(), torch.randn(1, 3, 8, 8), 3)
+    for conv in adapted.convs.values():
+        conv.cut_softly(0.5, order=4)
+    x, y = images(16).tensors
+    loss = ranks.rank_loss(adapted(x), y, torch.tensor(0.1), 0.05, 1.0)
+    loss.backward()
+    reached = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert reached == {f"network.{name}.share" for name in adapted.convs}
+    assert all(float(conv.share.grad) != 0 for conv in adapted.convs.values())
+
+
+def test_share_gradient_is_its_formula():
+    share = torch.tensor(0.43, dtype=torch.float64, requires_grad=True)
+    full, order = 7, 3
+    kernel = butterworth(share, full, order)
+    for i in range(full):
+        (found,) = torch.autograd.grad(kernel[i], share, retain_graph=True)
+        ratio = ((i + 1) / full / 0.43) ** (2 * order)
+        largest = (1 + (1 / full / 0.43) ** (2 * order)) ** -0.5  # a constant to the gradient
+        expected = order * ratio / 0.43 * (1 + ratio) ** -1.5 / largest
+        assert float(found) == pytest.approx(expected)
+
+
+class Weighed(nn.Module):
+    """Two convolutions beside one another, of which only the first one counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard, self.unheard = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.heard(x) + 0 * self.unheard(x)
+        return self.last(x.relu().mean((2, 3)))
+
+
+def test_search_gives_ranks_to_the_layer_that_counts():
+    torch.manual_seed(0)
+    subject, dataset = Weighed(), images(64)
+    how = dict(bits=2, budget=0.7, iterations=150, batch_size=64, teacher=True)
+    found = cora(subject, dataset, **how).ranks
+    assert found["heard"] > found["unheard"] >= 1
+    uniform = cora(subject, dataset, **how | dict(iterations=0)).ranks
+    assert abs(uniform["heard"] - uniform["unheard"]) <= 1
+
+
+def test_cora_leaves_the_network_as_it_is():
+    subject, dataset = network().train(), images(32)
+    subject.depthwise.eval()
+    before, modes = copy.deepcopy(subject.state_dict()), [m.training for m in subject.modules()]
+    adapted = mpqlib.cora(subject, dataset, bits=3, budget=0.5, recalibrate=True, **QUICK)
+    assert all(torch.equal(before[name], value) for name, value in subject.state_dict().items())
+    assert [m.training for m in subject.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in subject.parameters())
+    assert not any(module.training for module in adapted.modules())
+
+
+@pytest.mark.parametrize("budget", [0.2, 0.5, 2.0, 100.0])
+def test_budget_holds_after_rounding(budget):
+    adapted = cora(network(), images(32), bits=3, budget=budget, **QUICK)
+    held = sum(conv.rank * conv.component for conv in adapted.convs.values())
+    assert held <= budget * adapted.weights and min(adapted.ranks.values()) >= 1
+    assert adapted.cost()["added_percent"] == pytest.approx(100 * held / adapted.weights)
+    full = [min(conv.conv.weight.flatten(1).shape) for conv in adapted.convs.values()]
+    assert (budget < 100) or list(adapted.ranks.values()) == full
+
+
+def test_weights_and_adapters_have_their_bits():
+    adapted = cora(network(), images(32), bits=3, budget=0.5, adapter_bits=5, **QUICK)
+    for conv in adapted.convs.values():
+        assert all(len(row.unique()) <= 2**3 for row in conv.conv.weight.flatten(1))
+        assert len(conv.left.unique()) <= 2**5 and len(conv.right.unique()) <= 2**5
+
+
+def test_no_budget_and_float_bits_compute_as_the_float_network():
+    subject, dataset = network(), images(32)
+    x = dataset.tensors[0]
+    adapted = cora(subject, dataset, bits=32, budget=0.5)
+    assert torch.equal(adapted(x), subject.eval()(x)) and not any(adapted.ranks.values())
+    assert adapted.cost()["equivalent_bits"] == 32
+    quantized = cora(subject, dataset, bits=4, budget=0)
+    assert quantized.cost()["equivalent_bits"] == 4 and not any(quantized.ranks.values())
+    assert not torch.allclose(quantized(x), subject(x))
+
+
+def test_all_components_reproduce_the_float_network():
+    subject, dataset = network().eval(), images(32)
+    x = dataset.tensors[0]
+    adapted = cora(subject, dataset, bits=3, budget=100.0, adapter_bits=16, iterations=0)
+    assert torch.allclose(adapted(x), subject(x), atol=1e-3)
+
+
+def test_exempt_and_float_convolutions_have_no_adapter():
+    bits = {"stem.0": 4, "depthwise": 32, "pointwise": 4}
+    adapted = cora(network(), images(32), bits, 0.5, exempt=["stem.0"], **QUICK)
+    assert adapted.ranks["stem.0"] == adapted.ranks["depthwise"] == 0 < adapted.ranks["pointwise"]
+
+
+def test_norms_are_recalibrated_on_the_calibration_images():
+    subject, dataset = network(), images(32)
+    adapted = cora(subject, dataset, bits=2, budget=0, recalibrate=True)
+    seen = adapted.network.stem[0](dataset.tensors[0])
+    assert torch.allclose(adapted.network.stem[1].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+    kept = cora(subject, dataset, bits=2, budget=0)
+    assert torch.equal(kept.network.stem[1].running_mean, subject.stem[1].running_mean)
+
+
+def test_a_seed_gives_the_same_ranks():
+    def shares(seed):
+        adapted = Adapted(network(), torch.randn(1, 3, 8, 8), 2)
+        for conv in adapted.convs.values():
+            conv.cut_softly(0.5, order=4)
+        x, y = images(48).tensors
+        how = dict(iterations=8, batch_size=8, seed=seed)
+        return ranks.search_ranks(adapted, adapted.convs, x, y, 10.0, **how)
+
+    assert shares(0) == shares(0) != shares(1)
+    assert all(0 < share <= 1 for share in shares(0).values())
+
+
+def test_infinite_images_stop_the_search():
+    x, y = images(16).tensors
+    x[3] = torch.inf
+    with pytest.raises(FloatingPointError, match="the loss of the rank search"):
+        cora(network(), TensorDataset(x, y), bits=3, budget=0.5, **QUICK)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(budget=-0.1), "budget=-0.1"),
+        (dict(budget=0.01), "budget=0.01 is not allowed: 0, or at least"),
+        (dict(budget="much"), "budget='much'"),
+        (dict(budget=math.nan), "budget=nan"),
+        (dict(deviations=0), "deviations=0"),
+        (dict(start=0), "start=0"),
+        (dict(start=1.5), "start=1.5"),
+        (dict(granularity="layer"), "granularity='layer'"),
+        (dict(adapter_bits=1), "adapter_bits=1"),
+        (dict(iterations=-1), "iterations=-1"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(order=0), "order=0"),
+        (dict(lr=-1), "lr=-1"),
+        (dict(gamma=math.inf), "gamma=inf"),
+        (dict(exempt=["nothing"]), "exempt names no convolution"),
+        (dict(device="abacus"), "abacus"),
+    ],
+)
+def test_odd_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        cora(network(), images(16), **dict(budget=0.5) | options)
+
+
+def test_odd_calibration_is_refused():
+    x, y = images(16).tensors
+    with pytest.raises(ValueError, match="empty"):
+        cora(network(), TensorDataset(x[:0], y[:0]), budget=0.5)
+    with pytest.raises(ValueError, match="the model has classes 0 to 2"):
+        cora(network(), TensorDataset(x, y + 3), budget=0.5)
+    with pytest.raises(TypeError, match="unknown"):
+        cora(network(), images(16), budget=0.5, unknown=1)
