@@ -7,7 +7,7 @@ from .network.cost import bitops, bitops_at, check_budget, model_size
 from .network.supernet import Supernet
 from .report import plots, runs
 from .report.policy import load_policy, save_policy
-from .search.assignment import assignment, front
+from .search.assignment import assignment, front, quick_table
 from .search.error import batch_error
 from .search.greedy import greedy
 from .search.sensitivity import Sensitivity, measure_sensitivity
@@ -40,6 +40,7 @@ __all__ = [
     "models",
     "one_shot_gradients",
     "plots",
+    "quick_table",
     "recalibrate",
     "remembered",
     "runs",

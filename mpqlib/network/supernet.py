@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -272,7 +273,8 @@ class Supernet(nn.Module):
             if info.input_of and config[info.name].act != config[info.input_of].act:
                 raise ValueError(
                     f"config: {info.name!r} reads activations of {config[info.name].act} bits, but "
-                    f"{info.input_of!r} reads the same tensor at {config[info.input_of].act} bits"
+                    f"{info.input_of!r} reads the same tensor at {config[info.input_of].act} bits: "
+                    "tie(config, supernet.table) gives both the bits of the first"
                 )
 
     def set_bits(self, config: BitConfig | None) -> None:
@@ -292,6 +294,20 @@ def check_supernet(name: str, model: nn.Module) -> None:
     """Raises ValueError if `model`, which error messages call `name`, is not a Supernet."""
     if not isinstance(model, Supernet):
         raise ValueError(f"{name} is a {type(model).__name__}: a Supernet is needed")
+
+
+def check_steps(supernet: Supernet) -> None:
+    """Raises ValueError, with the layer's name, if a step size is 0 or not finite.
+
+    Values divided by such a step are not numbers.
+    """
+    for name, layer in supernet.layers.items():
+        for part, quantizer in layer.named_children():
+            if not isinstance(quantizer, Quantizer):
+                continue
+            for bits, step in zip(quantizer.bits, quantizer.steps.tolist(), strict=True):
+                if step == 0 or not isfinite(step):
+                    raise ValueError(f"the step size of {name}.{part} at {bits} bits is {step}")
 
 
 def _per_image(macs: int, images: int) -> int:

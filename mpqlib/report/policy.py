@@ -13,8 +13,8 @@ from ..models import create
 from ..network.bits import BitConfig, Candidates
 from ..network.cost import COST_MODEL, bitops
 from ..network.layers import QuantConvBN
-from ..network.supernet import Supernet
-from ..training.evaluation import check_statistics
+from ..network.supernet import Supernet, check_steps
+from ..training.evaluation import check_statistics, move_channels_last, select_device
 
 POLICY, WEIGHTS = "policy.json", "supernet.safetensors"  # stored beside one another
 POLICY_HASH = "policy_sha256"  # entry of policy.json: the hash of its other entries
@@ -77,7 +77,7 @@ def save_policy(
     "classes" (their number), `load_policy` can build the network itself. Replaces an earlier policy
     in `folder`; after an interruption, either the earlier or the new one loads. Raises ValueError,
     before anything is written, if `config` does not fit the supernet, if batch norms hold
-    statistics of another configuration, or for `about` that cannot be stored.
+    statistics of another configuration, if a step size is 0, or for `about` that cannot be stored.
     """
     folder, about = Path(folder), plain(dict(about or {}), "about")
     check_statistics(supernet, config)
@@ -190,6 +190,7 @@ def load_policy(
         supernet = model if isinstance(model, Supernet) else _convert(stored, path, model)
         load_weights(weights, supernet)
         policy = Policy(supernet, config, stored)
+        check_steps(supernet)
     except (RuntimeError, ValueError) as error:
         hint = "; pass model=<your float network> if it is another one" if model is None else ""
         raise ValueError(f"the network does not fit {path}: {error}{hint}") from error
@@ -198,4 +199,5 @@ def load_policy(
         raise ValueError(
             f"the network does not fit {path}: it takes {cost} G BitOPs, not {stored['bitops_g']} G"
         )
-    return policy.to(device).eval()
+    # In the layout of `evaluate`: another one adds in another order, which moves roundings.
+    return move_channels_last(policy, select_device(device)).eval()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
 from ..network.observation import eval_mode
-from ..network.supernet import Supernet, check_supernet
+from ..network.supernet import Supernet, check_steps, check_supernet
 from .step import check_labels
 
 
@@ -90,8 +90,8 @@ def evaluate(
 
     Raises ValueError if a batch norm holds statistics that were measured for another configuration,
     for float mode after one-shot training without recalibration, for an empty dataset, for outputs
-    that are no logits (N, classes), for labels that are no class of the model, and for a `config`
-    or `calibration` of a float model.
+    that are no logits (N, classes), for labels that are no class of the model, for a step size of
+    0, and for a `config` or `calibration` of a float model.
     """
     if not len(dataset):
         raise ValueError("dataset is empty: there is nothing to evaluate")
@@ -212,9 +212,13 @@ def _trained_one_shot(supernet: Supernet) -> bool:
 
 
 def check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
-    """Raises ValueError if batch norms hold statistics that do not belong to `config`."""
+    """Raises ValueError if batch norms hold statistics that do not belong to `config`.
+
+    Also for a step size that is 0 or not finite.
+    """
     if config is not None:
         supernet.check(config)
+        check_steps(supernet)
     norms = _running_norms(supernet, config)
     known = {name: norm.measured_for() for name, norm in norms.items()}
     remedy = "pass calibration=<training images> to evaluate, or call recalibrate first"

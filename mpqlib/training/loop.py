@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..data import InMemory
 from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
-from ..network.supernet import Supernet, tie
+from ..network.supernet import Supernet, tie, tied_inputs
 from .evaluation import move_channels_last, select_device
 from .optimization import (
     average_gradients,
@@ -368,7 +368,9 @@ class Run:
     def describe(self) -> dict:
         """Settings that must match before resuming."""
         about = {f"about[{key!r}]": value for key, value in self.about.items()}
-        return asdict(self.config) | {"images": self.images} | about
+        tied = tied_inputs(self.model.table) if isinstance(self.model, Supernet) else []
+        own = {"images": self.images, "tied_inputs": list(map(list, tied))}
+        return asdict(self.config) | own | about
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint, atomically.

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..network.bits import Bits
 from ..network.layers import QuantConvBN
 from ..network.quantizer import Quantizer, integer_range
-from ..network.supernet import Supernet
+from ..network.supernet import Supernet, check_steps
 from .scheduler import cosine
 
 LOWEST_LR = 1e-5  # of the weights, at the start and at the end
@@ -199,8 +199,13 @@ def _stop(model: nn.Module, when: str, what: str) -> None:
 
 
 def _first_not_finite(model: nn.Module) -> str:
-    """Names the first layer whose weight or gradient is not finite."""
+    """Names the first layer whose weight or gradient is not finite, or a step size of 0."""
     layers = list(model.layers) if isinstance(model, Supernet) else []
+    if layers:
+        try:
+            check_steps(model)
+        except ValueError as error:
+            return str(error)
     for name, p in model.named_parameters():
         for kind, values in (("weight", p), ("gradient", p.grad)):
             if values is not None and not values.isfinite().all():

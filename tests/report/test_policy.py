@@ -61,6 +61,14 @@ def test_a_policy_of_a_named_network_comes_back_in_one_call(tmp_path):
     assert not policy.training and policy.config == config and policy.about["classes"] == 3
 
 
+def test_a_policy_computes_exactly_what_was_evaluated(supernet, config, tmp_path):
+    data = images(32)
+    evaluate(supernet, data, config, calibration=data)
+    path = mpqlib.save_policy(tmp_path, supernet, config)
+    policy = mpqlib.load_policy(path, model=TinyNet())
+    assert torch.equal(policy(data.tensors[0]), supernet.eval()(data.tensors[0], config))
+
+
 def test_a_policy_loaded_in_inference_mode_can_be_trained(tmp_path):
     torch.manual_seed(0)
     x = images(8).tensors[0].repeat(1, 1, 4, 4)  # (8, 3, 32, 32)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from mpqlib import models
 from mpqlib.network.bits import sample
@@ -13,7 +14,7 @@ from mpqlib.report.policy import load_policy, save_policy
 from mpqlib.search.assignment import assignment
 from mpqlib.search.baselines import evaluate_all, evolution, random_search, restrict
 from mpqlib.search.greedy import greedy
-from mpqlib.training.loop import Run, TrainConfig, update
+from mpqlib.training.loop import Run, TrainConfig, train, update
 
 
 @pytest.fixture
@@ -61,6 +62,31 @@ def test_a_tensor_that_was_written_over_is_another_one():
     x = torch.randn(2, 3, 8, 8)
     net = Supernet(Overwriting(), x, (2, 4), edge_bits=None, tie_inputs=True)
     assert {"a", "b"} not in [set(group) for group in tied_inputs(net.table)]
+
+
+class Fork(nn.Module):
+    """`a` and `b` read the same tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        return (self.a(x) + self.b(x)).mean((2, 3))
+
+
+def test_a_checkpoint_of_a_network_with_other_ties_is_refused(tmp_path):
+    torch.manual_seed(0)
+    dataset = TensorDataset(torch.randn(4, 3, 8, 8), torch.arange(4))
+    path, config = tmp_path / "run.pt", TrainConfig(epochs=1, batch_size=4)
+    tied, untied = (
+        Supernet(Fork(), dataset[:2][0], (2, 4), edge_bits=None, tie_inputs=tie_inputs)
+        for tie_inputs in (True, False)
+    )
+    train(tied, dataset, config, checkpoint=path)
+    with pytest.raises(ValueError, match=r"tied_inputs: \[\['a', 'b'\]\] there, \[\] now"):
+        train(untied, dataset, config, checkpoint=path)
 
 
 def test_configurations_that_untie_layers_are_refused(net):

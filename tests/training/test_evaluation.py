@@ -8,6 +8,7 @@ from conftest import TinyNet, images
 from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from mpqlib.network.bits import largest
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
 from mpqlib.training.evaluation import (
@@ -436,3 +437,16 @@ def test_evaluate_recalibrates_on_as_many_images_as_asked(supernet, dataset):
     found = evaluate(supernet, dataset, config, calibration=images(64), images=8, batch_size=4)
     recalibrate(supernet, Subset(images(64), range(8)), config, batch_size=4)
     assert evaluate(supernet, dataset, config, batch_size=4).loss == found.loss
+
+
+@pytest.mark.parametrize("part", ["weight_quantizer", "act_quantizer"])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_step_size_that_is_zero_or_not_finite_is_named(supernet, dataset, part, value):
+    name, layer = list(supernet.layers.items())[1]
+    getattr(layer, part).steps.data[0] = value
+    bits = getattr(layer, part).bits[0]
+    message = rf"step size of {name}.{part} at {bits} bits is {value}"
+    with pytest.raises(ValueError, match=message):
+        evaluate(supernet, dataset, largest(supernet.candidates), calibration=dataset)
+    with pytest.raises(FloatingPointError, match=message):
+        train(supernet, dataset, TrainConfig(epochs=1, batch_size=16))
