@@ -289,7 +289,8 @@ def metrics_table(metrics: pd.DataFrame) -> Markdown:
 def size_plot(metrics: pd.DataFrame) -> Figure:
     """Test top-1 over equivalent bits, means over seeds with 95% t-intervals, a panel per study.
 
-    `metrics`: of `measure_trial`. The dashed line is the float network.
+    `metrics`: of `measure_trial`. The dashed line is the float network. Arms are drawn a little
+    beside each other.
     """
     in_float = metrics.loc[metrics["study"] == "float", "top1"].mean()
     rows = metrics[~metrics["study"].isin(["float", "recovery"])]
@@ -307,7 +308,10 @@ def size_plot(metrics: pd.DataFrame) -> Figure:
             mean, low, high = t_interval(part["top1"])
             spread = [[mean - low], [high - mean]] if len(part) > 1 else None
             style = dict(fmt="osD^vPX*"[i % 8], capsize=3, color=ARM_COLOURS[i % len(ARM_COLOURS)])
-            axis.errorbar(part["equivalent_bits"].mean(), mean, spread, label=label, **style)
+            aside = 0.02 * (i - (len(groups) - 1) / 2)  # points of equal size stay apart
+            axis.errorbar(
+                part["equivalent_bits"].mean() + aside, mean, spread, label=label, **style
+            )
         axis.axhline(in_float, linestyle="--", color="0.7", linewidth=1)
         axis.set(title=study, xlabel="equivalent bits per weight", ylabel="test top-1 (%)")
         left, right = axis.get_xlim()
