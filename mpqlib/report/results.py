@@ -18,7 +18,6 @@ RESULT_HEADS = (
     "best uniform bits, test top-1 (%)",
     "float (%)",
     "n",
-    "time of a run",
 )
 # Runs of 04_search, and the budget shown, as the bits that a uniform network has at its BitOPs.
 SHOWN = {"resnet18_variants": 4.149, "digits": 3, "cifar10_variants": 3}
@@ -71,14 +70,13 @@ def _searched_cells(folder: Path, level: float) -> list[str]:
     rows = searched_beside_uniform(metrics[metrics["study"] == "front"], level)
     budget = f"{rows['budget_g'].iloc[0]:.3g}"
     seeds = _seeds(len(rows), [folder])
-    return [_named(folder), budget, *_compared(rows), "not measured", seeds, ""]
+    return [_named(folder), budget, *_compared(rows), "not measured", seeds]
 
 
 def _trained_cells(folders: list[Path]) -> list[str]:
     """One row of the table, from runs of 03_train that differ in their seeds alone.
 
-    Uniform bits are the best on the search split within the budget, in each run. The time is that
-    of the first run, which had the machine to itself.
+    Uniform bits are the best on the search split within the budget, in each run.
     """
     found = [json.loads((folder / "result.json").read_text()) for folder in folders]
     budget, rows = found[0]["bitops_budget_g"], []
@@ -92,7 +90,6 @@ def _trained_cells(folders: list[Path]) -> list[str]:
         *_compared(pd.DataFrame(rows)),
         f"{mean(run['top1_float'] for run in found):.1f}",
         _seeds(len(found), folders),
-        f"{found[0]['seconds'] / 60:.0f} min",
     ]
 
 
