@@ -44,11 +44,11 @@ def nearest_width(
             return weight_bytes(build(width), bits, edge_bits)
 
     guess = (size / bytes_at(1.0)) ** 0.5  # sizes grow about as the square of the width
-    low, high = 0.8 * guess, 1.25 * guess
+    low = high = min(max(guess, NARROWEST), WIDEST)
     while low > NARROWEST and bytes_at(low) > size:
-        low /= 2
-    while high < WIDEST and bytes_at(high) < size:
-        high *= 2
+        low = max(0.8 * low, NARROWEST)
+    while high < WIDEST and bytes_at(high) <= size:
+        high = min(1.25 * high, WIDEST)
     if not bytes_at(low) <= size <= bytes_at(high):
         raise ValueError(
             f"size={size:.6g} bytes is not allowed: no width from {NARROWEST} to {WIDEST} has it"

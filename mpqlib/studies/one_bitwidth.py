@@ -8,13 +8,12 @@ notebook, ends within its minutes and resumes:
 Source: One Weight Bitwidth to Rule Them All (arXiv 2008.09916).
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import ceil, isfinite
-from numbers import Integral, Real
+from math import ceil, inf
+from numbers import Integral
 from pathlib import Path
 
 import pandas as pd
@@ -22,10 +21,11 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import nn
+from torch.utils.data import Subset
 
 from ..data import Splits
 from ..files import remembered
-from ..models import create
+from ..models import CIFAR_NETWORKS, create
 from ..network.bits import BitConfig, Candidates, check_bits, check_weight_bits, largest, smallest
 from ..network.cost import model_size
 from ..network.quantizer import TERNARY
@@ -42,7 +42,8 @@ from ..training.loop import TrainConfig, train
 from .command import TIMED_STEPS, Command, agree_on_plan, load_splits, make_runs, time_steps
 from .processes import NEVER, Deadline, Team, run_processes
 
-SEARCHED, FEWEST = MIXED = "searched", "fewest bits"  # two ways to mix bit-widths
+SEARCHED, FEWEST = "searched", "fewest bits"
+MIXED = [SEARCHED, FEWEST]  # the arms that mix bit-widths
 SHARED = "searched, shared weights"  # the searched policy before it is trained alone
 # A network that is trained at one configuration: no rule that couples bit-widths.
 ALONE = dict(random_paths=0, scheduler=False, idm=False, grid_weight=0.0, region_decay=False)
@@ -55,7 +56,7 @@ CLAIM = Claim(
 )
 
 
-def arm_of(bits: float) -> str:
+def name_arm(bits: float) -> str:
     """The arm in which all inner layers have these weight bits."""
     if bits == TERNARY:
         return "ternary"
@@ -85,34 +86,32 @@ class SizeSetting:
     act_bits: int = 8
     edge_bits: int = 8
     recalibration_images: int = 2000  # training images for batch-norm statistics
+    test_images: int | None = None  # test on the first so many; None: all
 
     def __post_init__(self):
-        families = self.families
-        if not isinstance(families, Mapping) or not families:
-            raise ValueError(f"families={families!r} is not allowed: a dict of network -> sizes")
-        for name, sizes in families.items():
-            if not isinstance(sizes, list) or not sizes or not all(map(_is_positive, sizes)):
-                raise ValueError(f"families[{name!r}]={sizes!r} is not allowed: sizes in kB")
+        check_families(self.families)
         if not isinstance(self.single, list) or not self.single:
             raise ValueError(f"single={self.single!r} is not allowed: bits, such as [1, 1.6, 2]")
         for bits in self.single:
             check_weight_bits("single", [bits])
-        for name, bits in dict(candidates=self.candidates).items():
-            check_bits(name, bits)
+        if len(set(self.single)) < len(self.single):
+            raise ValueError(f"single={self.single!r} is not allowed: no bits may stand twice")
+        check_bits("candidates", self.candidates)
         check_bits("act_bits", [self.act_bits])
         check_bits("edge_bits", [self.edge_bits])
-        counts = dict(float_epochs=0, epochs=0, search_images=1, recalibration_images=2)
-        for name, least in counts.items():
+        least = dict(float_epochs=0, epochs=0, search_images=1, recalibration_images=2)
+        least |= {} if self.test_images is None else dict(test_images=1)
+        for name, low in least.items():
             value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} is not allowed: a whole number from {least}")
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name}={value!r} is not allowed: a whole number from {low}")
         for kind in ("float", "alone", "supernet"):
             self.config(kind, 0)
 
     @property
     def arms(self) -> list[str]:
         """The arms: single bit-widths, then mixed ones."""
-        return [*map(arm_of, self.single), *MIXED]
+        return [*map(name_arm, self.single), *MIXED]
 
     def config(self, kind: str, seed: int) -> TrainConfig:
         """How a "float" network, one at its bits "alone", or a "supernet" is trained."""
@@ -127,8 +126,17 @@ class SizeSetting:
         return {name: value for name, value in asdict(self).items() if name not in others}
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and value > 0 and isfinite(value)
+def check_families(families: Mapping[str, Sequence[float]]) -> None:
+    """Raises ValueError unless each family is one of CIFAR_NETWORKS and has sizes in kB."""
+    if not isinstance(families, Mapping) or not families:
+        raise ValueError(f"families={families!r} is not allowed: a dict of network -> sizes")
+    for name, sizes in families.items():
+        if name not in CIFAR_NETWORKS:
+            known = list(CIFAR_NETWORKS)
+            raise ValueError(f"families={families!r}: {name!r} is not allowed: one of {known}")
+        numbers = isinstance(sizes, list) and all(isinstance(s, (int, float)) for s in sizes)
+        if not numbers or not sizes or not all(0 < size < inf for size in sizes):
+            raise ValueError(f"families[{name!r}]={sizes!r} is not allowed: a list of sizes in kB")
 
 
 def find_policies(
@@ -179,12 +187,7 @@ class SizeStudy:
         its seed decides which sizes there are.
         """
         given = partial(self.build, family), bits, self.setting.edge_bits, 1000 * size
-
-        def compute() -> float:
-            return nearest_width(*given)[0] if arm in MIXED else solve_width(*given)
-
-        about = {"bits": bits, "edge_bits": self.setting.edge_bits}
-        return remembered(self.file("width", family, size, arm, _short(bits)), about, compute)
+        return nearest_width(*given)[0] if arm in MIXED else solve_width(*given)
 
     def train(self, model: nn.Module, kind: str, seed: int) -> nn.Module:
         """Trains a network; see `SizeSetting.config`."""
@@ -207,8 +210,12 @@ class SizeStudy:
 
     def measure(self, supernet: Supernet, config: BitConfig) -> dict[str, float]:
         """Cost and accuracy of one configuration."""
+        splits, tested = self.splits, self.setting.test_images
+        if tested is not None:
+            test = Subset(splits.test, range(min(tested, len(splits.test))))
+            splits = replace(splits, test=test)
         images = self.setting.recalibration_images
-        return measure(supernet, config, self.splits, images=images, device=self.device)
+        return measure(supernet, config, splits, images=images, device=self.device)
 
     def train_supernet(self, family: str, seed: int) -> Supernet:
         """Trains the supernet of width 1, out of which the policies are searched."""
@@ -243,7 +250,7 @@ class SizeStudy:
         if arm in MIXED:
             name = FEWEST if arm == FEWEST else f"{SEARCHED} {size}"
             return self.search(family, seed)["bits"][name]
-        bits = {arm_of(b): b for b in self.setting.single}[arm]
+        bits = {name_arm(b): b for b in self.setting.single}[arm]
         return dict.fromkeys(inner_layers(self.build(family, 1.0)), bits)
 
     def row_file(self, family: str, size: float, arm: str, seed: int) -> Path:
@@ -273,12 +280,6 @@ class SizeStudy:
                 about = {"family": family, "size_kb": size, "arm": SHARED, "seed": seed}
                 found.append(about | {"width": 1.0} | shared[str(size)])
         return found
-
-
-def _short(bits: Mapping[str, float]) -> str:
-    """The bits of all layers as text, those of equal neighbours once with their number."""
-    values = [f"{b:g}" for b in bits.values()]
-    return values[0] if len(set(values)) == 1 else "".join(v[0] for v in values)
 
 
 def places(setting: SizeSetting) -> Iterator[tuple[str, float, str]]:
@@ -312,7 +313,7 @@ def size_plot(metrics: pd.DataFrame) -> Figure:
     families = list(metrics["family"].unique())
     size = (5 * len(families), 4.2)
     figure, axes = plt.subplots(1, len(families), figsize=size, layout="constrained", squeeze=False)
-    singles = {arm_of(bits): colour for bits, colour in COLOURS.items()}
+    singles = {name_arm(bits): colour for bits, colour in COLOURS.items()}
     mixed = dict(zip((*MIXED, SHARED), ARM_COLOURS, strict=False))
     arms = [arm for arm in metrics["arm"].unique() if arm in singles | mixed]
     for axis, family in zip(axes[0], families, strict=True):
@@ -346,9 +347,8 @@ def seconds_of_seed(study: SizeStudy) -> dict[str, float]:
 
     def seconds_of_epoch(model: nn.Module, kind: str) -> float:
         config = replace(setting.config(kind, 0), epochs=enough)
-        how = dict(device=study.device)
-        task = partial(train, model, study.splits.train, config, **how)
-        return steps * time_steps(lambda watch: task(watch=watch))
+        train_model = partial(train, model, study.splits.train, config, device=study.device)
+        return steps * time_steps(lambda watch: train_model(watch=watch))
 
     for family, sizes in setting.families.items():
         network = study.build(family, 1.0).to(study.device)
@@ -360,7 +360,7 @@ def seconds_of_seed(study: SizeStudy) -> dict[str, float]:
         study.search_path(supernet)
         rest += time.perf_counter() - start
         for size in sizes:
-            arm = arm_of(min(setting.single))
+            arm = name_arm(min(setting.single))
             bits = study.bits_of(family, size, arm, 0)
             network = study.build(family, study.find_width(family, size, arm, bits))
             network = network.to(study.device)
@@ -449,7 +449,7 @@ def report_sizes(command: Command, study: SizeStudy, seconds: float) -> None:
         device=command.device,
         processes=command.processes,
     )
-    save_sizes(command.output, json.loads(json.dumps(parameters)), rows, seconds)
+    save_sizes(command.output, parameters, rows, seconds)
     means = rows.pivot_table(index="arm", columns=["family", "size_kb"], values="top1", sort=False)
     print(means.round(1).to_string())
     print(table(choose_arms(rows), [CLAIM]), flush=True)
