@@ -20,7 +20,7 @@ from ..network.supernet import LayerInfo
 _VIRIDIS = sns.color_palette("viridis", 7)
 COLOURS = {bits: _VIRIDIS[min(bits, 8) - SMALLEST] for bits in range(SMALLEST, LARGEST + 1)}
 # Weights of two or three values are no steps of that scale.
-COLOURS |= dict(zip((BINARY, TERNARY), sns.color_palette("rocket", 5)[::2], strict=False))
+COLOURS |= dict(zip((BINARY, TERNARY), sns.color_palette("rocket_r", 6)[1:4:2], strict=True))
 ARM_COLOURS = sns.color_palette("colorblind")[1:]  # none is a colour of a bit-width
 
 

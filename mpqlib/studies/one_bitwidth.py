@@ -33,7 +33,7 @@ from ..network.supernet import LayerInfo, Supernet
 from ..network.width import inner_layers, nearest_width, solve_width
 from ..report.claims import Claim, documents, table
 from ..report.intervals import t_interval
-from ..report.plots import ARM_COLOURS, COLOURS
+from ..report.plots import COLOURS
 from ..report.runs import measure, provenance, save_run
 from ..search.error import batch_error
 from ..search.greedy import greedy
@@ -308,13 +308,13 @@ def choose_arms(metrics: pd.DataFrame) -> pd.DataFrame:
 def size_plot(metrics: pd.DataFrame) -> Figure:
     """Test top-1 (%) over model size (kB), a panel for each family, a line for each arm.
 
-    Means over seeds with 95% t-intervals. A bit-width has its colour; mixed arms are dashed.
+    Means over seeds with 95% t-intervals. A bit-width has its colour; mixed arms are grey, dashed.
     """
     families = list(metrics["family"].unique())
     size = (5 * len(families), 4.2)
     figure, axes = plt.subplots(1, len(families), figsize=size, layout="constrained", squeeze=False)
     singles = {name_arm(bits): colour for bits, colour in COLOURS.items()}
-    mixed = dict(zip((*MIXED, SHARED), ARM_COLOURS, strict=False))
+    mixed = dict(zip((*MIXED, SHARED), ("0", "0.4", "0.65"), strict=True))
     arms = [arm for arm in metrics["arm"].unique() if arm in singles | mixed]
     for axis, family in zip(axes[0], families, strict=True):
         rows = metrics[metrics["family"] == family]
