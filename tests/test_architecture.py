@@ -17,7 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # modules before it.
 GROUND = ["files", "data", "models"]  # import no module of mpqlib
 WINGS = {
-    "network": ["quantizer", "bits", "layers", "tracing", "observation", "supernet", "cost"],
+    "network": [
+        "quantizer",
+        "bits",
+        "layers",
+        "tracing",
+        "observation",
+        "supernet",
+        "cost",
+        "width",
+    ],
     "training": [
         "scheduler",
         "distortion",
@@ -35,7 +44,9 @@ WINGS = {
         "latent_distance",
         "arms",
         "processes",
+        "command",
         "scheduler_ablation",
+        "one_bitwidth",
         "idm_density",
         "search",
         "adapters",

@@ -9,20 +9,22 @@ from typing import NamedTuple
 
 import torch
 
-SMALLEST, LARGEST = 2, 16  # bit-widths that a quantizer supports
+from .quantizer import BINARY, FEW_VALUES, TERNARY
+
+SMALLEST, LARGEST = 2, 16  # bit-widths of integers that a quantizer supports
 
 
 class Bits(NamedTuple):
     """Bit-widths of one layer: of its weights and of the activations it reads."""
 
-    weight: int
+    weight: float  # whole, or TERNARY
     act: int
 
 
 class Candidates(NamedTuple):
     """Candidate bit-widths of one layer, ascending: for its weights and for its activations."""
 
-    weight: tuple[int, ...]
+    weight: tuple[float, ...]
     act: tuple[int, ...]
 
 
@@ -51,6 +53,21 @@ def check_bits(name: str, bits: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted({int(b) for b in widths}))
 
 
+def check_weight_bits(name: str, bits: Iterable[float]) -> tuple[float, ...]:
+    """Checks candidate bit-widths of weights, as `check_bits` does.
+
+    Weights can have two values, BINARY, or three, TERNARY, too. They share no grid with others, so
+    these must be the only candidate.
+    """
+    alone = list(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else []
+    if len(alone) == 1 and alone[0] in FEW_VALUES and not isinstance(alone[0], bool):
+        return (BINARY,) if alone[0] == BINARY else (TERNARY,)
+    try:
+        return check_bits(name, bits)
+    except ValueError as error:
+        raise ValueError(f"{error}; or one of {list(FEW_VALUES)} alone") from None
+
+
 def check_overrides(overrides: Mapping[str, Candidates]) -> dict[str, Candidates]:
     """Checks candidates of layers by name; returns them with ascending bits.
 
@@ -65,7 +82,9 @@ def check_overrides(overrides: Mapping[str, Candidates]) -> dict[str, Candidates
                 f"overrides[{name!r}]={pair!r} is not allowed: bits of weights and bits of "
                 "activations, such as ((2, 4), (2, 4))"
             )
-        checked[name] = Candidates(*(check_bits(f"overrides[{name!r}]", bits) for bits in pair))
+        weight, act = pair
+        where = f"overrides[{name!r}]"
+        checked[name] = Candidates(check_weight_bits(where, weight), check_bits(where, act))
     return checked
 
 
@@ -98,7 +117,7 @@ class BitConfig(Mapping):
         """Reads the text that `to_json` returns, or the text of a policy.json.
 
         In a policy.json the bits stand under "layers". Raises ValueError unless every layer has
-        two whole numbers, and if a key stands there twice.
+        two whole numbers or ternary weights, and if a key stands there twice.
         """
 
         def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -111,7 +130,9 @@ class BitConfig(Mapping):
         if not isinstance(bits, dict):
             raise ValueError(f"a configuration is name -> [int, int], not {bits!r}")
         for name, pair in bits.items():
-            if not (isinstance(pair, list) and [type(b) for b in pair] == [int, int]):
+            whole = isinstance(pair, list) and [type(b) for b in pair] == [int, int]
+            ternary = isinstance(pair, list) and len(pair) == 2 and pair[0] == TERNARY
+            if not (whole or (ternary and type(pair[1]) is int)):
                 raise ValueError(f"bits of layer {name!r} are {pair!r}: two whole numbers expected")
         return cls.of(bits)
 
@@ -156,7 +177,8 @@ def check_config(name: str, config: BitConfig, candidates: Mapping[str, Candidat
         allowed = candidates[layer]
         # 4.0 is equal to 4, but it names no batch norm.
         fits = isinstance(bits, Bits) and bits.weight in allowed.weight and bits.act in allowed.act
-        if not fits or not isinstance(bits.weight, Integral) or not isinstance(bits.act, Integral):
+        fits = fits and (isinstance(bits.weight, Integral) or bits.weight == TERNARY)
+        if not fits or not isinstance(bits.act, Integral):
             raise ValueError(
                 f"{name}[{layer!r}]={bits!r} is not allowed: Bits(weight, act) with weight in "
                 f"{allowed.weight} and act in {allowed.act}"

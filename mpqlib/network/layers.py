@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .bits import Bits, Candidates
-from .quantizer import Quantizer, nested_step
+from .quantizer import Quantizer, create_weight_quantizer, nested_step
 
 
 class QuantLinear(nn.Module):
@@ -34,7 +34,9 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.op = op
         scaled = dict(scale_step_gradient=scale_step_gradient)
-        self.weight_quantizer = Quantizer(candidates.weight, op.weight, True, weight_step, **scaled)
+        self.weight_quantizer = create_weight_quantizer(
+            candidates.weight, op.weight, weight_step, scale_step_gradient
+        )
         self.act_quantizer = None if float_input else Quantizer(candidates.act, example, **scaled)
         self.pairs = [Bits(w, a) for w in candidates.weight for a in candidates.act]
         # Positions of a pair's weight bits, of its activation bits and of the pair itself. As data,

@@ -1,9 +1,12 @@
-"""LSQ quantizers: integer ranges, straight-through rounding, one learned step per bit-width."""
+"""Quantizers: LSQ, with one learned step per bit-width, and weights of two or three values."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+# Bits of weights of two or three values. A byte holds five of three values: 3^5 = 243 <= 256.
+BINARY, TERNARY = 1, 8 / 5
 
 
 def integer_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -183,3 +186,68 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}"
+
+
+def _channel_mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean over each output channel, the first dimension, of the values that are `counted`."""
+    others = tuple(range(1, values.dim()))
+    total = (values * counted).sum(others, keepdim=True)
+    return total / counted.sum(others, keepdim=True).clamp_min(1)
+
+
+def binarize(w: Tensor) -> Tensor:
+    """sign(w) * mean|w| of each output channel of weights (out, ...); the sign of 0 is +1.
+
+    Source: XNOR-Net (arXiv 1603.05279), its binary-weight networks.
+    """
+    scale = _channel_mean(w.abs(), torch.ones_like(w))
+    return torch.where(w < 0, -scale, scale)
+
+
+def ternarize(w: Tensor) -> Tensor:
+    """sign(w) * a where |w| > t, else 0, for each output channel of weights (out, ...).
+
+    t = 0.7 mean|w|, and a is the mean of the |w| above t, both of the channel. Source: ternary
+    weight networks (arXiv 1605.04711).
+    """
+    size = w.abs()
+    kept = size > 0.7 * _channel_mean(size, torch.ones_like(w))
+    return w.sign() * kept * _channel_mean(size, kept)
+
+
+FEW_VALUES = {BINARY: binarize, TERNARY: ternarize}
+
+
+class ScaledQuantizer(nn.Module):
+    """Weights of two or three values, scaled in each output channel; no step is learned.
+
+    `bits`: BINARY or TERNARY, the only bit-width that it offers. The gradient goes straight through
+    to the weights, as in DoReFa-Net (arXiv 1606.06160, section 2.3). Raises ValueError for other
+    bits.
+    """
+
+    def __init__(self, bits: float):
+        super().__init__()
+        if bits not in FEW_VALUES:
+            raise ValueError(f"bits={bits!r} is not allowed: one of {list(FEW_VALUES)}")
+        self.bits = (bits,)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """Quantizes weights (out, ...); `position` is that of its only bit-width."""
+        (bits,) = self.bits
+        return FEW_VALUES[bits](x.detach()) + (x - x.detach())  # adds 0, with the gradient of x
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+def create_weight_quantizer(
+    bits: tuple[float, ...],
+    weight: Tensor,
+    initial_step: Callable[[Tensor, int, bool], Tensor],
+    scale_step_gradient: bool,
+) -> nn.Module:
+    """The quantizer of weights with these candidate bits, checked by `bits.check_weight_bits`."""
+    if len(bits) == 1 and bits[0] in FEW_VALUES:
+        return ScaledQuantizer(*bits)
+    return Quantizer(bits, weight, True, initial_step, scale_step_gradient)

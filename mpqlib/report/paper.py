@@ -226,7 +226,7 @@ PAPER = [
         arm="one",
         base="mixed",
         place="One Weight Bitwidth",
-        measure=f"{TOP1} at equal size, width as free parameter",
+        measure=f"{TOP1} at equal size, mean of all families and sizes; the width is free",
         notebook="09_one_bitwidth",
         run=None,
     ),

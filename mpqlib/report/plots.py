@@ -12,12 +12,15 @@ from matplotlib.patches import Patch
 
 from ..network.bits import LARGEST, SMALLEST, BitConfig
 from ..network.cost import bitops, layer_bitops
+from ..network.quantizer import BINARY, TERNARY
 from ..network.supernet import LayerInfo
 
 # viridis is ordered like bit-widths, and colour-blind people can read it. Above 8 bits, differences
 # are small: these bit-widths share one colour.
 _VIRIDIS = sns.color_palette("viridis", 7)
 COLOURS = {bits: _VIRIDIS[min(bits, 8) - SMALLEST] for bits in range(SMALLEST, LARGEST + 1)}
+# Weights of two or three values are no steps of that scale.
+COLOURS |= dict(zip((BINARY, TERNARY), sns.color_palette("rocket_r", 6)[1:4:2], strict=True))
 ARM_COLOURS = sns.color_palette("colorblind")[1:]  # none is a colour of a bit-width
 
 

@@ -87,14 +87,15 @@ class Program:
         return found.x
 
 
-def add_limit(program: Program, terms: Mapping[int, int], limit: float) -> None:
+def add_limit(program: Program, terms: Mapping[int, float], limit: float) -> None:
     """Adds sum of coefficient x variable <= limit, for variables that are all 0 or 1.
 
     The sum is a multiple of the coefficients' greatest common divisor. So a limit half of it above
-    the last multiple allowed keeps the solver's tolerance away from what decides.
+    the last multiple allowed keeps the solver's tolerance away from what decides. Coefficients are
+    whole numbers, or fifths where weights are ternary.
     """
-    unit = gcd(*terms.values())
-    program.add_row(terms, high=(limit // unit + 0.5) * unit)
+    unit = gcd(*(round(5 * value) for value in terms.values())) / 5
+    program.add_row(terms, high=((limit / unit + 1e-9) // 1 + 0.5) * unit)
 
 
 Choices = dict[str, dict[Bits, int]]  # layer -> bits -> variable: whether the layer has these bits

@@ -8,20 +8,18 @@ Its primary outcome is the mean test top-1 of the uniform configurations that th
 `primary`, such as 3 to 6 bits. It is measured before any policy is searched.
 """
 
-import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import ceil, inf
+from functools import partial
+from math import ceil
 from pathlib import Path
 
 import pandas as pd
 import torch
-import yaml
 from torch import nn
 
-from .. import data
 from ..data import Splits
 from ..files import remembered, save_json
 from ..models import create
@@ -29,21 +27,14 @@ from ..network.bits import BitConfig
 from ..network.cost import bitops_at
 from ..network.supernet import Supernet
 from ..report.claims import differences
-from ..report.runs import Stopwatch, measure, provenance, save_run
+from ..report.runs import measure, provenance, save_run
 from ..search.error import batch_error
 from ..search.greedy import greedy
-from ..training.evaluation import evaluate, select_device
-from ..training.loop import Run, TrainConfig, train
+from ..training.evaluation import evaluate
+from ..training.loop import TrainConfig, train
 from .arms import KINDS, Setting
-from .processes import NEVER, Deadline, OutOfTime, Team, run_processes
-
-TIMED_STEPS = 20
-
-
-def load_splits(setting: Setting, root: str | Path, device: str | torch.device) -> Splits:
-    """The images of a study, decoded once, on the device. `root`: as in `data.load`."""
-    how = dict(search_share=setting.search_share, train_images=setting.train_images)
-    return data.load(setting.dataset, root, setting.image_size, **how).to(device)
+from .command import TIMED_STEPS, Command, agree_on_plan, load_splits, make_runs, time_steps
+from .processes import NEVER, Deadline, Team, run_processes
 
 
 @dataclass(frozen=True)
@@ -155,28 +146,6 @@ class Study:
         return remembered(self.file(f"float-{seed}.json"), about, compute)
 
 
-def time_steps(train_on: Callable[[Callable[[Run], None]], object]) -> float:
-    """Seconds of a training step, the mean of TIMED_STEPS after two others.
-
-    `train_on(watch)` trains for at least so many steps.
-    """
-    times = []
-
-    class Enough(Exception):
-        pass
-
-    def watch(run: Run) -> None:
-        times.append(time.perf_counter())
-        if len(times) > TIMED_STEPS + 2:
-            raise Enough
-
-    try:
-        train_on(watch)
-    except Enough:
-        return (times[-1] - times[2]) / TIMED_STEPS
-    raise RuntimeError(f"training ended after {len(times)} steps, too few to time")
-
-
 def seconds_of_parts(study: Study, network: nn.Module) -> dict[str, float]:
     """Measured seconds: of a float step, of a step of the timed arm, and to measure each kind.
 
@@ -229,108 +198,11 @@ def plan_epochs(
     return max(fitting, setting.epochs), (floats + measuring + setting.epochs * epoch) / 0.9
 
 
-@dataclass(frozen=True)
-class Command:
-    """What the command runs, and until when."""
-
-    setting: Setting
-    seeds: list[int]
-    most_epochs: int | None  # of a supernet; None: as many as fit
-    root: str  # of the data set
-    output: Path
-    device: str
-    processes: int
-    started: float  # in the seconds of `time.time`
-    deadline: Deadline
-
-    @classmethod
-    def parse(cls, arguments: Sequence[str] | None = None) -> "Command":
-        """Reads the command line, of this process by default, and the profile that it names.
-
-        A profile holds the fields of Setting, `seeds`, and if wanted `most_epochs`, `data_root` and
-        `output_dir`. Raises TypeError or ValueError for what is unknown or not allowed.
-        """
-        started, parser = time.time(), argparse.ArgumentParser(description=__doc__)
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.add_argument("profile", type=Path, help="YAML file")
-        parser.add_argument("--data", help="folder or file of the data set; data_root otherwise")
-        parser.add_argument("--output", type=Path, help="folder to write to; output_dir otherwise")
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-        parser.add_argument("--minutes", type=float, help="end by then; no limit by default")
-        parser.add_argument("--processes", type=int, default=1, help="that share the device")
-        given = parser.parse_args(arguments)
-        if given.processes < 1 or (given.minutes is not None and not given.minutes > 0):
-            parser.error("--processes starts at 1, --minutes must be above 0")
-        profile = yaml.safe_load(given.profile.read_text())
-        if not isinstance(profile, dict) or not isinstance(profile.get("seeds"), list):
-            raise ValueError(
-                f"{given.profile} is no profile: fields of Setting and a list of seeds"
-            )
-        if len(set(profile["seeds"])) < len(profile["seeds"]):
-            raise ValueError(f"seeds={profile['seeds']} in {given.profile}: none may stand twice")
-        output = profile.pop("output_dir", None)
-        seeds, most = profile.pop("seeds"), profile.pop("most_epochs", None)
-        root = profile.pop("data_root", "data")
-        if given.output is None and output is None:
-            parser.error("--output is missing, and the profile has no output_dir")
-        return cls(
-            setting=Setting(**profile),
-            seeds=list(seeds),
-            most_epochs=most,
-            root=given.data or root,
-            output=given.output or Path(output),
-            device=str(select_device(given.device)),
-            processes=given.processes,
-            started=started,
-            deadline=Deadline.after(given.minutes),
-        )
-
-    def runs(self) -> list[tuple]:
-        """Kind, arm and seed of all runs, in order: the primary outcome comes before policies."""
-        floats = [("float", None, seed) for seed in self.seeds]
-        arms = [(arm, seed) for seed in self.seeds for arm in self.setting.arms]
-        return floats + [(kind, arm, seed) for kind in KINDS for arm, seed in arms]
-
-
-def agree_on_plan(study: Study, team: Team, rank: int, command: Command) -> dict:
-    """The plan of a study, which is the same in all processes and when it resumes.
-
-    It holds the `epochs` of each supernet, and measured `seconds`, which are none without a limit
-    of time.
-    """
-    file, setting = study.file("plan.json"), study.setting
-    limited = study.deadline.end < inf
-    if not file.exists() and limited:
-        network = create(setting.model, len(study.splits.classes)).to(study.device)
-        team.barrier.wait()  # time all processes side by side
-        save_json(study.file(f"seconds-{rank}.json"), seconds_of_parts(study, network))
-    team.barrier.wait()
-
-    def compute() -> dict:
-        if not limited:
-            return {"epochs": setting.epochs, "seconds": {}}
-        files = [study.file(f"seconds-{r}.json") for r in range(team.size)]
-        seconds = pd.DataFrame([json.loads(f.read_text()) for f in files]).max().to_dict()
-        steps = len(study.splits.train) // setting.arm_config(setting.timed_arm, 0).batch_size
-        left = study.deadline.left()
-        how = dict(seeds=len(command.seeds), processes=team.size, left=left)
-        epochs, needed = plan_epochs(setting, steps, seconds, **how)
-        if needed > left:
-            print(
-                f"The time does not suffice for {setting.epochs} epochs: about {needed / 60:.1f} "
-                f"minutes are needed, {left / 60:.1f} are left. Whole seeds come first, and the "
-                "same command resumes.",
-                flush=True,
-            )
-        epochs = max(min(epochs, command.most_epochs or epochs), setting.epochs)
-        print(f"{epochs} epochs of each supernet", flush=True)
-        return {"epochs": epochs, "seconds": seconds}
-
-    about = {name: value for name, value in asdict(setting).items() if name != "arms"}
-    if rank == 0:
-        remembered(file, about, compute)
-    team.barrier.wait()
-    return remembered(file, about, compute)
+def planned_runs(command: Command) -> list[tuple]:
+    """Kind, arm and seed of all runs, in order: the primary outcome comes before policies."""
+    floats = [("float", None, seed) for seed in command.seeds]
+    arms = [(arm, seed) for seed in command.seeds for arm in command.setting.arms]
+    return floats + [(kind, arm, seed) for kind in KINDS for arm, seed in arms]
 
 
 def work(rank: int, team: Team, command: Command) -> None:
@@ -338,20 +210,24 @@ def work(rank: int, team: Team, command: Command) -> None:
 
     When all processes have stopped, the first one writes the results.
     """
-    device, folder = torch.device(command.device), command.output / "runs"
+    device, folder, stopwatch = command.device, command.folder, command.stopwatch(rank)
     splits = load_splits(command.setting, command.root, device)
-    study = Study(command.setting, splits, folder, device, command.deadline)
-    stopwatch = Stopwatch(folder / f"time-{rank}.json")
-    stopwatch.earlier += time.time() - command.started
-    plan = agree_on_plan(study, team, rank, command)
-    setting = replace(study.setting, epochs=plan["epochs"])
-    study = replace(study, setting=setting, seconds=plan["seconds"])
-    try:
-        for run in team.take(command.runs()):
-            print(take_run(study, *run), flush=True)
-            stopwatch.seconds()
-    except OutOfTime:
-        print(f"process {rank + 1}: time is used up", flush=True)
+    study = Study(command.setting, splits, folder, torch.device(device), command.deadline)
+    setting = study.setting
+    steps = len(splits.train) // setting.arm_config(setting.timed_arm, 0).batch_size
+
+    def measure_seconds() -> dict[str, float]:
+        return seconds_of_parts(study, create(setting.model, len(splits.classes)).to(device))
+
+    def plan(seconds: Mapping[str, float], left: float) -> tuple[int, float]:
+        how = dict(seeds=len(command.seeds), processes=team.size, left=left)
+        return plan_epochs(setting, steps, seconds, **how)
+
+    about = {name: value for name, value in asdict(setting).items() if name != "arms"}
+    found = agree_on_plan(command, team, rank, about, measure_seconds, plan)
+    setting = replace(setting, epochs=found["epochs"])
+    study = replace(study, setting=setting, seconds=found["seconds"])
+    make_runs(team, planned_runs(command), partial(take_run, study), rank, stopwatch)
     seconds = stopwatch.seconds()
     team.barrier.wait()
     if rank == 0:
@@ -359,7 +235,7 @@ def work(rank: int, team: Team, command: Command) -> None:
 
 
 def take_run(study: Study, kind: str, arm: str | None, seed: int) -> str:
-    """Makes one of `Command.runs`, after those that it needs; returns what was done, in words."""
+    """Makes one of `planned_runs`, after those that it needs; returns what was done, in words."""
     if kind == "float":
         return f"float, seed {seed}: test top-1 {study.run_float(seed)['top1']:.1f}%"
     study.deadline.wait_for(study.file(f"float-{seed}.json"))
@@ -397,8 +273,8 @@ def report(command: Command, study: Study, seconds: float) -> None:
 
     The files are metrics.csv, parameters.yaml, provenance.json and training.json.
     """
-    done = sum(study.rows_file(*run).exists() for run in command.runs() if run[0] != "float")
-    total = len(command.runs()) - len(command.seeds)
+    done = sum(study.rows_file(*run).exists() for run in planned_runs(command) if run[0] != "float")
+    total = len(planned_runs(command)) - len(command.seeds)
     remark = "" if done == total else "; the same command resumes"
     print(f"{done} of {total} runs are done{remark}")
     metrics, setting = pd.DataFrame(collect(study, command.seeds)), study.setting
@@ -430,7 +306,7 @@ def report(command: Command, study: Study, seconds: float) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command with these arguments, of this process by default."""
-    command = Command.parse(arguments)
+    command = Command.parse(Setting, __doc__, arguments)
     run_processes(work, command.processes, command)
 
 

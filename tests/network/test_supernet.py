@@ -601,7 +601,7 @@ def test_models_that_cannot_be_converted_are_refused():
     ("arguments", "message"),
     [
         ({"overrides": {"zz": Candidates((2,), (2,))}}, "zz"),
-        ({"overrides": {"a": Candidates((1,), (2,))}}, r"overrides\['a'\]=\(1,\)"),
+        ({"overrides": {"a": Candidates((2,), (1,))}}, r"overrides\['a'\]=\(1,\)"),
         ({"overrides": {"a": Candidates((), (2,))}}, r"overrides\['a'\]=\(\)"),
         ({"overrides": {"a": (2, 4)}}, r"overrides\['a'\]=2"),
         ({"bits": (), "edge_bits": None}, r"bits=\(\)"),

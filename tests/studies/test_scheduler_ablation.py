@@ -16,8 +16,8 @@ from mpqlib.files import remembered
 from mpqlib.network.cost import bitops_at
 from mpqlib.studies import scheduler_ablation
 from mpqlib.studies.arms import ARMS, Setting
+from mpqlib.studies.command import Command
 from mpqlib.studies.processes import Deadline, OutOfTime, Team
-from mpqlib.studies.scheduler_ablation import Command
 
 PROFILE = dict(
     model="test_byobnet",
@@ -187,7 +187,7 @@ def command_line(folder, *arguments, **changed):
 def test_command_stores_whole_seeds_and_resumes(tmp_path, capfd):
     with_plan = command_line(tmp_path, "--minutes", "5", most_epochs=2)
     # In this process, because a new one takes seconds to start
-    scheduler_ablation.work(0, Team(1), Command.parse(with_plan))
+    scheduler_ablation.work(0, Team(1), Command.parse(Setting, "", with_plan))
     out = tmp_path / "out"
     metrics = pd.read_csv(out / "metrics.csv")
     assert list(metrics["arm"].unique()) == ["plain", "scaled"]
@@ -208,7 +208,9 @@ def test_command_stores_whole_seeds_and_resumes(tmp_path, capfd):
 
 
 def test_command_without_enough_time_says_so(tmp_path, capfd):
-    command = Command.parse(command_line(tmp_path, "--minutes", "5", epochs=1000, most_epochs=1))
+    command = Command.parse(
+        Setting, "", command_line(tmp_path, "--minutes", "5", epochs=1000, most_epochs=1)
+    )
     late = replace(command, deadline=Deadline(time.time() + 1))
     scheduler_ablation.work(0, Team(1), late)
     printed = capfd.readouterr().out
@@ -235,11 +237,11 @@ def test_command_needs_no_notebook_packages():
 )
 def test_command_refuses_what_it_does_not_know(changed, arguments, message, tmp_path):
     with pytest.raises((TypeError, ValueError), match=message):
-        Command.parse(command_line(tmp_path, *arguments, **changed))
+        Command.parse(Setting, "", command_line(tmp_path, *arguments, **changed))
 
 
 def test_command_needs_a_folder_to_write_to(tmp_path, capsys):
     (tmp_path / "profile.yaml").write_text(yaml.safe_dump(PROFILE | {"seeds": [0]}))
     with pytest.raises(SystemExit):
-        Command.parse([str(tmp_path / "profile.yaml")])
+        Command.parse(Setting, "", [str(tmp_path / "profile.yaml")])
     assert "--output is missing" in capsys.readouterr().err
