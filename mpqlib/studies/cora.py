@@ -286,7 +286,7 @@ def metrics_table(metrics: pd.DataFrame) -> Markdown:
     return show_markdown(markdown_table([*heads, "iterations", "test top-1 (%)"], lines))
 
 
-def size_plot(metrics: pd.DataFrame) -> Figure:
+def equivalent_bits_plot(metrics: pd.DataFrame) -> Figure:
     """Test top-1 over equivalent bits, means over seeds with 95% t-intervals, a panel per study.
 
     `metrics`: of `measure_trial`. The dashed line is the float network. Arms are drawn a little

@@ -88,7 +88,7 @@ def test_pictures_and_table_show_every_arm(subject):
     text = study.metrics_table(metrics).data
     assert text.count("\n") == 1 + len(trials)
     assert all(arm in text for arm in metrics["arm"])
-    (axis,) = study.size_plot(metrics).axes
+    (axis,) = study.equivalent_bits_plot(metrics).axes
     labels = [label.get_text() for label in axis.get_legend().get_texts()]
     assert "searched, 3 bits" in labels and len(labels) == 6
     (axis,) = study.ranks_plot(metrics, 4).axes
