@@ -166,6 +166,21 @@ class InMemory(Dataset):
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
+@dataclass(frozen=True)
+class Noise(Dataset):
+    """Synthetic images for measuring speed: items are (normal noise (3, size, size), int label)."""
+
+    count: int
+    classes: int
+    size: int  # pixels
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.randn(3, self.size, self.size), i % self.classes
+
+
 def _random_crops(x: Tensor, padding: int) -> Tensor:
     """Crops each image of `x` (N, C, H, W) at its own place in its padded copy."""
     count, _, height, width = x.shape
