@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import Dataset
 
 from .. import data, models
 from ..files import check_writable, save_atomically, save_json, save_weights
+from ..network.cost import bitops
 from ..network.supernet import Supernet
 from .distributed import process_group, rank_and_size
 from .loop import Run, TrainConfig, train
@@ -212,7 +213,7 @@ def rehearse(profile: Profile, supernet: Supernet, dataset: Dataset, device: tor
         if run.step == WARM_UP:
             found["speed"] = Speed(run)
         if run.step == WARM_UP + TIMED:
-            found |= found["speed"].read(run)
+            found.update(found["speed"].read(run))
             raise Enough
 
     try:
@@ -239,7 +240,7 @@ def memory_used(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def save_results(profile: Profile, supernet: nn.Module, history: Sequence[dict]) -> None:
+def save_results(profile: Profile, supernet: Supernet, history: Sequence[dict]) -> None:
     """Writes weights, history and profile into the output folder, and says how to search."""
     folder = Path(profile.output_dir)
     save_weights(folder / "supernet.safetensors", supernet, profile.about)
@@ -248,10 +249,12 @@ def save_results(profile: Profile, supernet: nn.Module, history: Sequence[dict])
     values = {name: value for name, value in asdict(profile).items() if name not in own}
     text = yaml.safe_dump(values, sort_keys=False)
     save_atomically(folder / "profile.yaml", lambda part: part.write_text(text))
+    budget = bitops(supernet.table, supernet.uniform(4)) / 1e9
     say(
-        f"{folder} holds supernet.safetensors (weights), history.json and the checkpoints. The "
-        "notebook reads these, and only searches; choose a budget in G BitOPs:\n"
-        f"papermill notebooks/03_train.ipynb out.ipynb -f {folder / 'profile.yaml'} -p bitops 3.0"
+        f"{folder} holds the weights (supernet.safetensors), history.json and the checkpoints.\n"
+        "From these, the notebook only searches, here at the BitOPs of 4 bits:\n"
+        f"papermill notebooks/03_train.ipynb out.ipynb -f {folder / 'profile.yaml'} "
+        f"-p bitops {budget:.4g}"
     )
 
 
