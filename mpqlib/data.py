@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TEST_SHARE = 0.2  # of all images, if a data set has no official test images
+SEARCH_LIMIT = 25_000  # images for searches at most: of ImageNet, a fifth would be far too many
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -593,8 +594,9 @@ def load(
     the arrays train_jpeg (bytes of all JPEG files), train_offsets (N + 1; where each file starts),
     train_labels (N), the same for test, and classes (names).
     `image_size`: side in pixels. `search_share`: share of the training images that is held out
-    for searches. If the data set has no official test images, it is the share of all images, and
-    TEST_SHARE of them are the test images. `seed`: of the split. `download`: fetch missing data.
+    for searches, at most SEARCH_LIMIT images. If the data set has no official test images, it is
+    the share of all images, and TEST_SHARE of them are the test images. `seed`: of the split.
+    `download`: fetch missing data.
     `train_images`: train on at most this many. `view`: mean, std, interpolation and crop_pct of
     `transforms`; `models.preprocessing` returns those that a pretrained model expects.
     `memory_gb`: the splits are `InMemory` if their images fit in so many GB (1e9 bytes): each image
@@ -617,7 +619,8 @@ def load(
     pool, official = DATASETS[name].read(Path(root).resolve(), download)
     order, total = _stratified_order(pool.labels, seed), len(pool.labels)
     tested = 0 if official else round(TEST_SHARE * total)
-    test, search, train = np.split(order, [tested, tested + round(search_share * total)])
+    searched = min(round(search_share * total), SEARCH_LIMIT)
+    test, search, train = np.split(order, [tested, tested + searched])
     if official:
         test = np.arange(len(official.labels))
     train = train[:train_images]

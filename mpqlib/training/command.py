@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import Dataset
 
 from .. import data, models
@@ -43,7 +42,6 @@ class Profile:
     dataset: str = "digits"
     data_root: str | None = None
     train_images: int | None = None
-    search_share: float = 0.2
     image_size: int = 80
     bits: list = field(default_factory=lambda: [2, 3, 4, 5, 6])
     float_epochs: int = 4
@@ -106,13 +104,13 @@ def load_images(profile: Profile, synthetic: bool) -> tuple[Dataset, Tensor, int
     p = profile
     if synthetic:
         count, classes = IMAGENET
-        own = round(count * (1 - p.search_share))
-        noise = data.Noise(min(own, p.train_images or own), classes, p.image_size)
+        count = min(count - data.SEARCH_LIMIT, p.train_images or count)
+        noise = data.Noise(count, classes, p.image_size)
         return noise, torch.stack([noise[i][0] for i in range(EXAMPLES)]), classes
     if p.data_root is None and p.dataset != "digits":
         raise ValueError(f"data_root is not set: name the folder of dataset={p.dataset!r}")
     view = models.preprocessing(p.model) if p.pretrained else {}
-    view |= dict(image_size=p.image_size, train_images=p.train_images, search_share=p.search_share)
+    view |= dict(image_size=p.image_size, train_images=p.train_images)
     splits = data.load(p.dataset, p.data_root or "data", **view)
     examples = next(iter(data.loader(splits.calibration, EXAMPLES)))[0]
     return splits.train, examples, len(splits.classes)
@@ -292,7 +290,6 @@ def run_profile(profile: Profile, dry_run: bool = False) -> None:
             save_results(p, supernet, history)
 
 
-@record  # torchrun shows the error of the process that failed first
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
