@@ -44,10 +44,22 @@ def process_group(device: str = "auto") -> Iterator[torch.device]:
             )
         found = torch.device(found.type, number)
         torch.accelerator.set_device_index(number)
-    dist.init_process_group()
+    _init_process_group()
     yield found
     # Not after an error: the others may be waiting for this process, and it would wait for them.
     dist.destroy_process_group()
+
+
+def _init_process_group() -> None:
+    """Joins the group, by other names in torchrun's store after each restart.
+
+    The store outlives a restart, so a process could read the address of one that is gone (PyTorch's
+    issue 135712). Only on a single machine do all processes count the same restarts.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(store=store, rank=rank, world_size=world)
 
 
 def from_first(value: Any) -> Any:
