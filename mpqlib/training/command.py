@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from .. import data, models
 from ..files import check_writable, save_atomically, save_json, save_weights
@@ -165,10 +166,9 @@ class Log:
             return
         losses = {name: float(total) / step for name, total in run.epoch.sums.items()}
         speed = self.speed.read(run)
-        print(
+        tqdm.write(  # above the progress bar
             f"epoch {run.epoch.row['epoch']} of {run.config.epochs}, step {step} of {run.steps}: "
-            f"loss {losses['loss']:.3f}, {describe_speed(speed)}",
-            flush=True,
+            f"loss {losses['loss']:.3f}, {describe_speed(speed)}"
         )
         if self.writer:
             kind = "supernet" if isinstance(run.model, Supernet) else "float"
@@ -244,8 +244,8 @@ def save_results(profile: Profile, supernet: Supernet, history: Sequence[dict]) 
     save_weights(folder / "supernet.safetensors", supernet, profile.about)
     save_json(folder / "history.json", history)
     own = "workers", "checkpoint_minutes", "log_dir"  # the notebook does not know them
-    values = {name: value for name, value in asdict(profile).items() if name not in own}
-    text = yaml.safe_dump(values, sort_keys=False)
+    given = {n: v for n, v in asdict(profile).items() if n not in own and v is not None}
+    text = yaml.safe_dump(given, sort_keys=False)
     save_atomically(folder / "profile.yaml", lambda part: part.write_text(text))
     budget = bitops(supernet.table, supernet.uniform(4)) / 1e9
     say(

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+import yaml
 from conftest import TinyNet, images
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -256,6 +257,8 @@ def test_the_command_trains_in_two_processes_and_resumes(tmp_path, monkeypatch, 
     assert f"papermill notebooks/03_train.ipynb out.ipynb -f {tmp_path / 'profile.yaml'}" in text
     names = ["float.pt", "history.json", "profile.yaml", "supernet.pt", "supernet.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+    stored = yaml.safe_load((tmp_path / "profile.yaml").read_text())
+    assert stored["epochs"] == 2 and not {"data_root", "workers"} & stored.keys()
     net = Supernet(create("", 10, False), torch.randn(8, 3, 8, 8), (2, 4))
     about = load_weights(tmp_path / "supernet.safetensors", net)
     assert about["model"] == "resnet18" and about["bits"] == [2, 4]
