@@ -247,12 +247,12 @@ def save_results(profile: Profile, supernet: Supernet, history: Sequence[dict]) 
     given = {n: v for n, v in asdict(profile).items() if n not in own and v is not None}
     text = yaml.safe_dump(given, sort_keys=False)
     save_atomically(folder / "profile.yaml", lambda part: part.write_text(text))
-    budget = bitops(supernet.table, supernet.uniform(4)) / 1e9
+    budget = -(-bitops(supernet.table, supernet.uniform(4)) // 10**6) / 1000  # rounded up
     say(
         f"{folder} holds the weights (supernet.safetensors), history.json and the checkpoints.\n"
         "From these, the notebook only searches, here at the BitOPs of 4 bits:\n"
         f"papermill notebooks/03_train.ipynb out.ipynb -f {folder / 'profile.yaml'} "
-        f"-p bitops {budget:.4g}"
+        f"-p bitops {budget}"
     )
 
 
