@@ -121,19 +121,20 @@ class Speed:
     """Speed of a run's training since `start`."""
 
     def __init__(self, run: Run):
-        self.start(run)
+        self.run = run
+        self.start()
 
-    def start(self, run: Run) -> None:
+    def start(self) -> None:
         """Measures from here on."""
-        self.step, self.waited, self.began = run.step, run.waited, time.perf_counter()
+        self.step, self.waited, self.began = self.run.step, self.run.waited, time.perf_counter()
 
-    def read(self, run: Run) -> dict[str, float]:
+    def read(self) -> dict[str, float]:
         """Seconds a step, images a second, and the share of time in which it waited for images."""
-        seconds, steps = time.perf_counter() - self.began, run.step - self.step
+        seconds, steps = time.perf_counter() - self.began, self.run.step - self.step
         return {
             "seconds_per_step": seconds / steps,
-            "images_per_second": steps * run.config.batch_size / seconds,
-            "waiting": (run.waited - self.waited) / seconds,
+            "images_per_second": steps * self.run.config.batch_size / seconds,
+            "waiting": (self.run.waited - self.waited) / seconds,
         }
 
 
@@ -158,14 +159,14 @@ class Log:
     def __call__(self, run: Run) -> None:
         if not self.first:
             return
-        if self.speed is None or self.speed.step >= run.step:  # the first step of a training
+        if self.speed is None or self.speed.run is not run:  # the first step of a training
             self.speed = Speed(run)
             return
         step = run.step % run.steps or run.steps  # in its epoch, from 1
         if step % LOG_EVERY and step != run.steps:
             return
         losses = {name: float(total) / step for name, total in run.epoch.sums.items()}
-        speed = self.speed.read(run)
+        speed = self.speed.read()
         tqdm.write(  # above the progress bar
             f"epoch {run.epoch.row['epoch']} of {run.config.epochs}, step {step} of {run.steps}: "
             f"loss {losses['loss']:.3f}, {describe_speed(speed)}"
@@ -175,7 +176,7 @@ class Log:
             for name, value in (losses | speed).items():
                 self.writer.add_scalar(f"{kind}/{name}", value, run.step)
             self.writer.flush()
-        self.speed.start(run)
+        self.speed.start()
 
 
 def open_tensorboard(folder: str):
@@ -197,7 +198,7 @@ def say(text: str) -> None:
 
 
 class Enough(Exception):
-    """A dry run has taken its steps."""
+    """A dry run has taken its steps; holds what `Speed.read` returned."""
 
 
 def rehearse(profile: Profile, supernet: Supernet, dataset: Dataset, device: torch.device) -> None:
@@ -205,26 +206,25 @@ def rehearse(profile: Profile, supernet: Supernet, dataset: Dataset, device: tor
 
     Raises ValueError if the whole training has fewer steps than a dry run needs.
     """
-    config, found = profile.supernet_config, {}
+    config, speeds = profile.supernet_config, []
 
     def watch(run: Run) -> None:
         if run.step == WARM_UP:
-            found["speed"] = Speed(run)
+            speeds.append(Speed(run))
         if run.step == WARM_UP + TIMED:
-            found.update(found["speed"].read(run))
-            raise Enough
+            raise Enough(speeds[0].read())
 
     try:
         train(supernet, dataset, config, device=device, workers=profile.workers, watch=watch)
-    except Enough:
-        pass
-    else:
-        raise ValueError(
-            f"epochs={config.epochs} is not allowed: a dry run needs {WARM_UP + TIMED} steps"
-        )
+        needed = WARM_UP + TIMED
+        raise ValueError(f"epochs={config.epochs} is not allowed: a dry run needs {needed} steps")
+    except Enough as enough:
+        (found,) = enough.args
     total = config.epochs * (len(dataset) // config.batch_size)
     say(f"{describe_speed(found)}, in {TIMED} timed steps")
-    say(f"{total * found['seconds_per_step'] / 3600:.3g} hours are expected for {total} steps")
+    say(
+        f"{total * found['seconds_per_step'] / 3600:.3g} hours are expected for {total} steps of the supernet"
+    )
     say(f"{memory_used(device) / 1e9:.2f} GB of memory at most in the first process")
 
 
@@ -273,7 +273,7 @@ def run_profile(profile: Profile, dry_run: bool = False) -> None:
         say(
             f"{p.model}: {len(dataset)} {kind} of {p.dataset} at {p.image_size} px, "
             f"{p.epochs} epochs of {len(dataset) // p.batch_size} steps\n"
-            f"{world} processes on {device.type}: {p.batch_size // world} images each in a step"
+            f"processes: {world} on {device.type}, {p.batch_size // world} images each in a step"
         )
         if dry_run:
             rehearse(p, Supernet(network, examples.to(device), p.bits), dataset, device)

@@ -4,6 +4,7 @@ import ast
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,12 +99,12 @@ def test_dry_run_says_how_long_training_takes_and_writes_nothing(tiny, tmp_path,
     assert first == (
         "resnet18: 1256167 synthetic images of imagenet at 8 px, 2 epochs of 78510 steps"
     )
-    assert second == "1 processes on cpu: 16 images each in a step"
+    assert second == "processes: 1 on cpu, 16 images each in a step"
     rate = float(speed.split()[0])
     assert speed.endswith("% of the time waiting for images, in 20 timed steps")
     expected = 2 * 78510 * 16 / rate / 3600
     assert float(hours.split()[0]) == pytest.approx(expected, rel=0.02)
-    assert hours.endswith("hours are expected for 157020 steps")
+    assert hours.endswith("hours are expected for 157020 steps of the supernet")
     assert 0.1 < float(memory.split()[0]) < 64 and " GB of memory" in memory
     assert not (tmp_path / "out").exists()
 
@@ -137,7 +138,10 @@ def test_losses_and_speed_are_logged_for_tensorboard(dataset, monkeypatch, capsy
     fake = SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     config = TrainConfig(epochs=2, batch_size=16)
-    _, history = train(TinyNet(), dataset, config, watch=Log("logs"))
+    log = Log("logs")
+    train(TinyNet(), dataset, replace(config, epochs=1), watch=log)
+    written.clear()
+    _, history = train(TinyNet(), dataset, config, watch=log)
     names = ["loss", "accuracy", "seconds_per_step", "images_per_second", "waiting"]
     assert [row[0] for row in written] == 2 * [f"float/{name}" for name in names]
     found = {(name, step): value for name, value, step in written}
