@@ -222,9 +222,8 @@ def rehearse(profile: Profile, supernet: Supernet, dataset: Dataset, device: tor
         (found,) = enough.args
     total = config.epochs * (len(dataset) // config.batch_size)
     say(f"{describe_speed(found)}, in {TIMED} timed steps")
-    say(
-        f"{total * found['seconds_per_step'] / 3600:.3g} hours are expected for {total} steps of the supernet"
-    )
+    hours = total * found["seconds_per_step"] / 3600
+    say(f"{hours:.3g} hours are expected for {total} steps of the supernet")
     say(f"{memory_used(device) / 1e9:.2f} GB of memory at most in the first process")
 
 
