@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TEST_SHARE = 0.2  # of all images, if a data set has no official test images
+SEARCH_LIMIT = 25_000  # images for searches at most: of ImageNet, a fifth would be far too many
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -164,6 +165,21 @@ class InMemory(Dataset):
     def to(self, device: str | torch.device) -> "InMemory":
         """The images and labels on `device`."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Noise(Dataset):
+    """Synthetic images for measuring speed: items are (normal noise (3, size, size), int label)."""
+
+    count: int
+    classes: int
+    size: int  # pixels
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.randn(3, self.size, self.size), i % self.classes
 
 
 def _random_crops(x: Tensor, padding: int) -> Tensor:
@@ -578,8 +594,9 @@ def load(
     the arrays train_jpeg (bytes of all JPEG files), train_offsets (N + 1; where each file starts),
     train_labels (N), the same for test, and classes (names).
     `image_size`: side in pixels. `search_share`: share of the training images that is held out
-    for searches. If the data set has no official test images, it is the share of all images, and
-    TEST_SHARE of them are the test images. `seed`: of the split. `download`: fetch missing data.
+    for searches, at most SEARCH_LIMIT images. If the data set has no official test images, it is
+    the share of all images, and TEST_SHARE of them are the test images. `seed`: of the split.
+    `download`: fetch missing data.
     `train_images`: train on at most this many. `view`: mean, std, interpolation and crop_pct of
     `transforms`; `models.preprocessing` returns those that a pretrained model expects.
     `memory_gb`: the splits are `InMemory` if their images fit in so many GB (1e9 bytes): each image
@@ -602,7 +619,8 @@ def load(
     pool, official = DATASETS[name].read(Path(root).resolve(), download)
     order, total = _stratified_order(pool.labels, seed), len(pool.labels)
     tested = 0 if official else round(TEST_SHARE * total)
-    test, search, train = np.split(order, [tested, tested + round(search_share * total)])
+    searched = min(round(search_share * total), SEARCH_LIMIT)
+    test, search, train = np.split(order, [tested, tested + searched])
     if official:
         test = np.arange(len(official.labels))
     train = train[:train_images]

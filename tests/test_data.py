@@ -100,6 +100,14 @@ def test_seed_decides_the_splits(read_digits):
         assert not np.array_equal(indices, getattr(other, part).indices)
 
 
+def test_images_held_out_for_searches_are_limited(read_digits, monkeypatch):
+    monkeypatch.setattr(data, "SEARCH_LIMIT", 100)
+    limited = read_again("digits", image_size=24)
+    sizes = [len(getattr(limited, part)) for part in ("train", "search", "test")]
+    assert sizes == [1338, 100, 359]
+    assert np.array_equal(limited.search.indices, read_digits.search.indices[:100])
+
+
 def test_cap_and_share_leave_the_other_splits_alone(read_digits):
     capped = read_again("digits", train_images=50)
     assert len(capped.train) == len(capped.calibration) == 50

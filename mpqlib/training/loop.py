@@ -3,7 +3,8 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from numbers import Integral, Real
@@ -11,20 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
 from ..data import InMemory
 from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet, tie, tied_inputs
+from .distributed import (
+    SyncedNorms,
+    average_gradients,
+    copy_from_first,
+    from_first,
+    rank_and_size,
+)
 from .evaluation import move_channels_last, select_device
 from .optimization import (
-    average_gradients,
     average_weights,
     averaged_model,
     check_gradients,
@@ -101,6 +107,9 @@ class TrainConfig:
     # Of convolutions and linear layers: float32, bfloat16, or auto, which measures a few steps in
     # both and keeps the faster. A resumed run keeps it too, but a new one may measure otherwise.
     dtype: str = "float32"
+    # Only in several processes: batch norms use the statistics of the whole batch, so that the
+    # numbers are those of one process, or those of each process's share, as is torch's default.
+    sync_norms: bool = True
     seed: int = 0
 
     def __post_init__(self):
@@ -145,11 +154,6 @@ def _rate(
     return lambda part: peak * step_learning_rate(part, parts)
 
 
-def rank_and_size() -> tuple[int, int]:
-    """This process's rank, and the number of processes of torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 @dataclass
 class Epoch:
     """An unfinished epoch: what a checkpoint needs in order to resume in the middle of it."""
@@ -162,22 +166,19 @@ class Epoch:
 
 
 class Batches(Dataset):
-    """The batches (images, labels) of this process in an epoch, by step.
+    """Batches of a data set: the item (seed, indices) is (images, labels) of these indices.
 
-    A batch depends on the epoch and the step alone: neither on the batches before it nor on the
-    number of workers. So an epoch resumes at any step. Augmentation must draw from torch's global
-    generator.
+    A batch depends on its item alone: neither on the batches before it nor on the number of
+    workers. So an epoch resumes at any step. Augmentation must draw from torch's global generator.
     """
 
-    def __init__(self, dataset: Dataset, epoch: Epoch, batch_size: int):
-        rank, world = rank_and_size()
-        self.dataset, self.seed, self.rank, self.world = dataset, epoch.seed, rank, world
-        self.order, self.size = epoch.order[rank::world].tolist(), batch_size // world
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
 
-    def __getitem__(self, step: int) -> list[Tensor]:
+    def __getitem__(self, item: tuple[int, list[int]]) -> list[Tensor]:
+        seed, indices = item
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed + step * self.world + self.rank)
-            indices = self.order[step * self.size : (step + 1) * self.size]
+            torch.default_generator.manual_seed(seed)
             if isinstance(self.dataset, InMemory):
                 return list(self.dataset.batch(indices))
             return default_collate([self.dataset[i] for i in indices])
@@ -203,6 +204,7 @@ class Run:
     compile: str  # never or always; auto until the third step
     step: int = 0  # steps taken, over all epochs
     epoch: Epoch | None = None  # the unfinished one
+    waited: float = 0.0  # seconds that this process has waited for images; no checkpoint holds it
 
     @classmethod
     def start(
@@ -210,14 +212,25 @@ class Run:
     ) -> "Run":
         """A run before its first step. `images`: number of training images.
 
-        Raises ValueError for fewer images than one batch, and for `about` that cannot be stored.
+        Raises ValueError for fewer images than one batch, for `about` that cannot be stored, and
+        for a batch or compilation that several processes cannot share.
         """
         if images < config.batch_size:
             raise ValueError(
                 f"batch_size={config.batch_size} is not allowed: the data set has {images} images, "
                 "which must fill at least one batch"
             )
-        c = config
+        c, (_, world) = config, rank_and_size()
+        if c.batch_size % world:
+            raise ValueError(
+                f"batch_size={c.batch_size} is not allowed: a multiple of {world}, the number of "
+                "processes"
+            )
+        if c.compile == "always" and c.sync_norms and world > 1:
+            raise ValueError(
+                "compile='always' is not allowed for several processes with sync_norms=True: auto "
+                "or never, or sync_norms=False"
+            )
         optimizers = create_optimizers(
             model,
             momentum=c.momentum,
@@ -250,6 +263,11 @@ class Run:
     def steps(self) -> int:
         """Steps in an epoch."""
         return self.images // self.config.batch_size
+
+    @property
+    def syncs_norms(self) -> bool:
+        """Whether batch norms use the statistics of several processes."""
+        return self.config.sync_norms and rank_and_size()[1] > 1
 
     def when(self) -> str:
         """The epoch and step that come next, both counted from 1, for messages."""
@@ -301,6 +319,7 @@ class Run:
             name: turbulence(layers[name], self.candidates[name].weight)
             for name in self.model.searchable
         }
+        turbulences = from_first(turbulences)  # another kind of GPU may round differently
         if c.scheduler:
             share = freeze_share(decisions[-1], c.schedule_parts, *every)
             self.candidates = freeze(full, turbulences, share, c.freeze_activations)
@@ -337,18 +356,24 @@ class Run:
     def choose_compile(self, seconds: float) -> None:
         """Chooses whether to compile the passes of a supernet, by the `seconds` of the last step.
 
-        This waits for the third step, because the first ones take longer.
+        This waits for the third step, because the first ones take longer. Norms that are synced
+        are not compiled.
         """
         if self.compile != "auto" or self.step < 3:
             return
         left = seconds * (self.steps * self.config.epochs - self.step)
         device = self.parameters[0].device
-        worth = isinstance(self.model, Supernet) and is_worth_compiling(left, device)
-        self.compile = "always" if worth else "never"
+        can = isinstance(self.model, Supernet) and not self.syncs_norms
+        worth = can and is_worth_compiling(left, device)
+        self.compile = from_first("always" if worth else "never")
         vars(self).pop("one_shot", None)  # it was not compiled
 
     def gradients(self, x: Tensor, y: Tensor, configs: Sequence[BitConfig]) -> dict[str, Tensor]:
         """Adds up one step's gradients at `configs`; returns its losses and accuracies."""
+        with SyncedNorms() if self.syncs_norms else nullcontext():
+            return self._gradients(x, y, configs)
+
+    def _gradients(self, x: Tensor, y: Tensor, configs: Sequence[BitConfig]) -> dict[str, Tensor]:
         c, dtype = self.config, getattr(torch, self.dtype)
         if not isinstance(self.model, Supernet):
             return float_gradients(self.model, x, y, c.label_smoothing, dtype)
@@ -440,6 +465,11 @@ class Checkpoint:
             check_writable(self.path)
             if self.path.exists():
                 run.load(self.path)
+            if run.step != (first := from_first(run.step)):
+                raise ValueError(
+                    f"{self.path} is at step {run.step} here, but at step {first} for the first "
+                    "process: all processes must read the same file"
+                )
         self.written = time.monotonic()
 
     def write(self) -> None:
@@ -464,7 +494,7 @@ def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     if run.dtype == "auto":
         run.choose_dtype(x, y, configs)
     losses = run.gradients(x, y, configs)
-    average_gradients(run.model)
+    losses = average_gradients(run.model, losses)
     check_gradients(run.model, losses, run.when())
     nn.utils.clip_grad_value_(run.parameters, run.config.clip_value)
     if isinstance(run.model, Supernet) and run.config.region_decay:
@@ -478,29 +508,55 @@ def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return losses
 
 
+class Shares(Sampler):
+    """This process's share of each batch that is left of the run's epoch, as items of `Batches`.
+
+    As in DistributedSampler, every image is in one share: each process takes the images at its rank
+    and at every so many places behind it.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        run, (rank, world) = self.run, rank_and_size()
+        epoch, size = run.epoch, run.config.batch_size // world
+        own = epoch.order[rank::world].tolist()
+        for step in range(run.step % run.steps, run.steps):
+            yield epoch.seed + step * world + rank, own[step * size : (step + 1) * size]
+
+
+def load_batches(run: Run, dataset: Dataset, device: torch.device, workers: int) -> DataLoader:
+    """Loads, in each iteration, what is left of the run's epoch, by `workers` that stay alive."""
+    stored = isinstance(dataset, InMemory)  # on the device: nothing to load or to copy
+    workers = 0 if stored else workers
+    return DataLoader(
+        Batches(dataset),
+        batch_size=None,  # they are batches already
+        sampler=Shares(run),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda" and not stored,  # so that copies wait for nothing
+    )
+
+
 def train_epoch(
     run: Run,
-    dataset: Dataset,
+    batches: DataLoader,
     *,
     device: torch.device,
-    workers: int,
     title: str,
     after_step: Callable[[], object],
 ) -> None:
     """Runs the steps that are left of the run's epoch, and calls `after_step` after each."""
     epoch, (rank, world) = run.epoch, rank_and_size()
     done = run.step % run.steps
+    bar = dict(total=run.steps, initial=done, leave=False, disable=rank > 0)
     started = time.perf_counter() - epoch.seconds
-    stored = isinstance(dataset, InMemory)  # on the device: nothing to load or to copy
-    batches = DataLoader(
-        Batches(dataset, epoch, run.config.batch_size),
-        batch_size=None,  # they are batches already
-        sampler=range(done, run.steps),
-        num_workers=0 if stored else workers,
-        pin_memory=device.type == "cuda" and not stored,  # so that copies wait for nothing
-    )
     with torch.random.fork_rng():
-        for x, y in tqdm(batches, title, total=run.steps, initial=done, leave=False):
+        asked = time.perf_counter()
+        for x, y in tqdm(batches, title, **bar):
+            run.waited += time.perf_counter() - asked
             if isinstance(run.model, Supernet) and (decision := run.choose_candidates()):
                 epoch.row["decisions"].append(decision)
             # Dropout, too, depends on the epoch and the step alone.
@@ -514,6 +570,7 @@ def train_epoch(
                 epoch.sums[key] = epoch.sums.get(key, 0) + value
             epoch.seconds = time.perf_counter() - started
             after_step()
+            asked = time.perf_counter()
 
 
 def train(
@@ -538,9 +595,15 @@ def train(
     it and gives the same numbers, bit for bit (CPU), as without interruption. Other initial weights
     or other images of the same number are not noticed then: say in `about` where both come from.
     Only one training at a time may write a checkpoint. `about`: further settings that must match
-    before resuming, such as the names of model and data. `workers`: processes that load images;
-    they do not change the numbers. `label`: title of the progress bar. `watch`: called with the Run
-    after every step.
+    before resuming, such as the names of model and data. `workers`: processes that load images,
+    which each training process has for itself; they do not change the numbers. `label`: title of
+    the progress bar. `watch`: called with the Run after every step.
+
+    In several processes of torch.distributed, each trains on its share of every batch. All call
+    `train` with the same arguments and hold the same weights; the first one writes the checkpoint
+    and all read it. With `sync_norms` the numbers are those of one process, except for rounding and
+    for the random numbers of augmentation and dropout, of which each process draws its own. Losses
+    are means over all images, accuracies too.
 
     The history has one dict for each epoch: `epoch` (from 1), mean losses and accuracies,
     `seconds`, the `dtype` of the run, and for a Supernet `decisions`, a list with a dict for each
@@ -556,10 +619,12 @@ def train(
     device = select_device(device)
     model = move_channels_last(model, device).train()
     model.zero_grad()  # a gradient from before would count in the first step
+    copy_from_first([*model.parameters(), *model.buffers()])
     if isinstance(dataset, InMemory):
         dataset = dataset.to(device)
     run = Run.start(config, model, len(dataset), about)
     saved = Checkpoint(run, checkpoint, checkpoint_minutes)
+    batches = load_batches(run, dataset, device, workers)
 
     def after_step() -> None:
         if watch:
@@ -572,13 +637,12 @@ def train(
             if run.epoch is None:
                 run.start_epoch()
             title = f"{label}, epoch {len(run.history) + 1} of {config.epochs}"
-            train_epoch(
-                run, dataset, device=device, workers=workers, title=title, after_step=after_step
-            )
+            train_epoch(run, batches, device=device, title=title, after_step=after_step)
             check_weights(model, f"after epoch {len(run.history) + 1} of {config.epochs}")
             run.end_epoch()
             saved.write()
     finally:
         if isinstance(model, Supernet):
             run.one_shot.remove()
+    copy_from_first(model.buffers())  # without `sync_norms`, each process has statistics of its own
     return averaged_model(model, run.average), run.history

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -135,16 +134,6 @@ def step_sizes(model: nn.Module) -> Tensor:
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     sizes = [q.steps.detach().abs() for q in quantizers]
     return torch.cat(sizes) if sizes else torch.zeros(0)
-
-
-def average_gradients(model: nn.Module) -> None:
-    """Averages gradients over the processes of torch.distributed, if it is in use."""
-    if dist.is_initialized():
-        for p in model.parameters():
-            # All processes run the same configurations, so that the same gradients exist in each.
-            if p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
 
 
 def average_weights(parameters: nn.ParameterList, decay: float) -> AveragedModel:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import random
 import re
 import subprocess
@@ -22,7 +23,7 @@ from mpqlib.files import load_state, save_state, save_weights
 from mpqlib.network.quantizer import Quantizer
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
-from mpqlib.training.loop import Run, TrainConfig, train
+from mpqlib.training.loop import Run, TrainConfig, load_batches, train
 
 SMALL = TrainConfig(
     epochs=3,
@@ -155,6 +156,22 @@ def test_workers_do_not_change_the_numbers(straight, tmp_path):
         train(network(True), AUGMENTED, SMALL, workers=2, watch=interrupt(5), **options)
     model, history = train(network(True), AUGMENTED, SMALL, workers=1, **options)
     assert same(model, straight[True][0]) and numbers(history) == numbers(straight[True][1])
+
+
+class Workers(TensorDataset):
+    """Images that hold the number of the process that loads them."""
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), float(os.getpid())), 0
+
+
+def test_workers_stay_alive_between_epochs():
+    run = Run.start(SMALL, network(False), images=48)
+    batches, found = load_batches(run, Workers(*images(48).tensors), torch.device("cpu"), 2), []
+    for _ in range(2):
+        run.start_epoch()
+        found.append({float(x.max()) for x, _ in batches})
+    assert found[0] == found[1] and len(found[0]) == 2 and os.getpid() not in found[0]
 
 
 def test_checkpoints_come_when_their_time_has_come(tmp_path, monkeypatch):

@@ -1,0 +1,150 @@
+"""The training command: profiles, options, the dry run and what it logs."""
+
+import ast
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import TinyNet
+
+from mpqlib import models
+from mpqlib.training.command import Log, Profile, main, read_profile
+from mpqlib.training.loop import TrainConfig, train
+
+ROOT = Path(__file__).resolve().parents[2]
+PROFILES = sorted((ROOT / "notebooks" / "profiles").glob("imagenet_*.yaml"))
+OWN = {"workers", "checkpoint_minutes", "log_dir"}  # settings that the notebook does not have
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Any model's name gives a tiny network."""
+
+    def create(name, classes, pretrained):
+        net = TinyNet()
+        net.last = torch.nn.Linear(12, classes)
+        return net
+
+    monkeypatch.setattr(models, "create", create)
+
+
+def notebook_parameters():
+    """Names and defaults of the parameters of 03_train."""
+    notebook = json.loads((ROOT / "notebooks" / "03_train.ipynb").read_text())
+    (cell,) = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    body = ast.parse("".join(cell["source"])).body
+    return {a.targets[0].id: ast.literal_eval(a.value) for a in body}
+
+
+def test_settings_and_defaults_are_those_of_the_notebook():
+    own = {name: value for name, value in vars(Profile()).items() if name not in OWN}
+    notebook = notebook_parameters() | {"data_root": None}  # here, it must be named
+    assert own == {name: notebook[name] for name in own}
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_profiles_of_the_paper_are_complete(path):
+    profile = read_profile(path, {})
+    config = profile.supernet_config
+    assert (config.epochs, config.batch_size, config.lr) == (150, 512, 0.04)
+    assert profile.pretrained and profile.dataset == "imagenet"
+    assert models.preprocessing(profile.model)["image_size"] == profile.image_size == 224
+
+
+def test_there_is_a_profile_for_each_network():
+    names = [read_profile(path, {}).model for path in PROFILES]
+    assert names == ["tf_efficientnet_lite0", "mobilenet_v2", "resnet18"]
+
+
+def test_options_override_the_profile(tmp_path):
+    path = tmp_path / "some.yaml"
+    path.write_text("epochs: 7\nbits: [2, 4]\ntraining: {lr: 0.3, momentum: 0.8}\n")
+    profile = read_profile(path, {"epochs": 9, "training": {"lr": 0.1}})
+    assert (profile.epochs, profile.bits, profile.seed) == (9, [2, 4], 0)
+    assert profile.training == {"lr": 0.1, "momentum": 0.8}
+    assert profile.float_config == TrainConfig(epochs=4, batch_size=64, lr=0.1, momentum=0.8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "some.yaml: ['epoch'] are not settings; allowed are ['model', 'pretrained'"),
+        ("- 3", "some.yaml holds no settings"),
+        ("training: 3", "training=3 is not allowed"),
+        ("a: b: c", "mapping values are not allowed here"),
+    ],
+)
+def test_profiles_that_are_not_allowed_are_named(text, message, tmp_path, capsys):
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["--profile", str(path)])
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_says_how_long_training_takes_and_writes_nothing(tiny, tmp_path, capsys):
+    path = tmp_path / "some.yaml"
+    settings = dict(dataset="imagenet", image_size=8, bits=[2, 4], epochs=2, batch_size=16)
+    settings |= dict(device="cpu", training={"compile": "never"})
+    path.write_text(yaml.safe_dump(settings))
+    main(["--profile", str(path), "--dry-run", "--output-dir", str(tmp_path / "out")])
+    first, second, speed, hours, memory = capsys.readouterr().out.splitlines()
+    # 1,281,167 images without those for searches
+    assert first == (
+        "resnet18: 1256167 synthetic images of imagenet at 8 px, 2 epochs of 78510 steps"
+    )
+    assert second == "processes: 1 on cpu, 16 images each in a step"
+    rate = float(speed.split()[0])
+    assert speed.endswith("% of the time waiting for images, in 20 timed steps")
+    expected = 2 * 78510 * 16 / rate / 3600
+    assert float(hours.split()[0]) == pytest.approx(expected, rel=0.02)
+    assert hours.endswith("hours are expected for 157020 steps of the supernet")
+    assert 0.1 < float(memory.split()[0]) < 64 and " GB of memory" in memory
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_of_too_few_steps_is_refused(tiny):
+    with pytest.raises(ValueError, match="epochs=1 is not allowed: a dry run needs 25 steps"):
+        main(["--dry-run", "--image-size", "8", "--epochs", "1", "--bits", "[2, 4]"])
+
+
+def test_a_data_set_without_its_folder_is_named():
+    with pytest.raises(ValueError, match="data_root is not set: name the folder of dataset='pets'"):
+        main(["--dataset", "pets"])
+
+
+def test_the_module_is_a_command(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["mpqlib.training", "--help"])
+    runpy.run_module("mpqlib.training", run_name="__main__")
+    text = capfd.readouterr().out
+    assert "torchrun" in text and all(f"--{n.replace('_', '-')}" in text for n in vars(Profile()))
+
+
+def test_without_tensorboard_log_dir_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="log_dir='logs' needs TensorBoard: uv sync --extra"):
+        Log("logs")
+
+
+def test_losses_and_speed_are_logged_for_tensorboard(dataset, monkeypatch, capsys):
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda *row: written.append(row), flush=lambda: None)
+    fake = SimpleNamespace(SummaryWriter=lambda folder: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    config = TrainConfig(epochs=2, batch_size=16)
+    log = Log("logs")
+    train(TinyNet(), dataset, replace(config, epochs=1), watch=log)
+    written.clear()
+    _, history = train(TinyNet(), dataset, config, watch=log)
+    names = ["loss", "accuracy", "seconds_per_step", "images_per_second", "waiting"]
+    assert [row[0] for row in written] == 2 * [f"float/{name}" for name in names]
+    found = {(name, step): value for name, value, step in written}
+    assert found["float/loss", 6] == pytest.approx(history[1]["loss"])
+    assert 0 <= found["float/waiting", 6] <= 1 and found["float/images_per_second", 6] > 0
+    assert "epoch 2 of 2, step 3 of 3: loss" in capsys.readouterr().out
