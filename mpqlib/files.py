@@ -132,9 +132,11 @@ def check_settings(path: Path, saved: Mapping, now: Mapping) -> None:
         if there.get(key) != here.get(key)
     ]
     if different:
+        listed, more = "; ".join(different[:5]), len(different) - 5
+        rest = f"; and {more} more" if more > 0 else ""
         raise ValueError(
-            f"{path} holds the result of other settings ({'; '.join(different)}): "
-            "use another folder, or remove the file"
+            f"{path} holds the result of other settings ({listed}{rest}): use another folder, or "
+            "remove the file"
         )
 
 

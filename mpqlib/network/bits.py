@@ -178,6 +178,7 @@ def check_config(name: str, config: BitConfig, candidates: Mapping[str, Candidat
         # 4.0 is equal to 4, but it names no batch norm.
         fits = isinstance(bits, Bits) and bits.weight in allowed.weight and bits.act in allowed.act
         fits = fits and (isinstance(bits.weight, Integral) or bits.weight == TERNARY)
+        fits = fits and not isinstance(bits.weight, bool)
         if not fits or not isinstance(bits.act, Integral):
             raise ValueError(
                 f"{name}[{layer!r}]={bits!r} is not allowed: Bits(weight, act) with weight in "

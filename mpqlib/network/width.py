@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from ..models import WIDEST
 from .tracing import LAYERS, trace
 
 TOLERANCE = 0.01  # share of the size by which a network may miss it
-NARROWEST, WIDEST = 1 / 64, 64.0
+NARROWEST = 1 / 64
 
 
 def inner_layers(network: nn.Module) -> list[str]:

@@ -74,7 +74,8 @@ def save_policy(
 
     Call `recalibrate` at `config` before: the batch norms are stored with their present statistics.
     `about`: further entries of policy.json. With "model" (a name that `models.create` knows) and
-    "classes" (their number), `load_policy` can build the network itself. Replaces an earlier policy
+    "classes" (their number), `load_policy` can build the network itself; "width" is 1 by default.
+    Replaces an earlier policy
     in `folder`; after an interruption, either the earlier or the new one loads. Raises ValueError,
     before anything is written, if `config` does not fit the supernet, if batch norms hold
     statistics of another configuration, if a step size is 0, or for `about` that cannot be stored.
@@ -145,7 +146,7 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
                 f"{path} lacks {missing}, so the network cannot be built: pass model=<the float "
                 "network>"
             )
-        model = create(stored["model"], stored["classes"])
+        model = create(stored["model"], stored["classes"], width=stored.get("width", 1.0))
     candidates = {n: Candidates(*map(tuple, c)) for n, c in stored["candidates"].items()}
     # Steps and signs, which the example would set, are stored with the weights.
     example = torch.zeros(1, *stored["input_shape"])

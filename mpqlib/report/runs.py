@@ -115,8 +115,14 @@ class Stopwatch:
 
     def __init__(self, file: str | Path):
         self.file, self.start = Path(file), time.perf_counter()
-        exists = self.file.exists()
-        self.earlier = json.loads(self.file.read_text())["seconds"] if exists else 0.0
+        self.earlier = 0.0
+        if self.file.exists():
+            try:
+                self.earlier = float(json.loads(self.file.read_text("utf-8"))["seconds"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.file} is damaged: remove it, and only the time so far is lost"
+                ) from None
 
     def seconds(self) -> float:
         """Seconds so far, in this process and in all earlier ones; writes them into the file."""

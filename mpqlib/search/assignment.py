@@ -95,7 +95,7 @@ def add_limit(program: Program, terms: Mapping[int, float], limit: float) -> Non
     whole numbers, or fifths where weights are ternary.
     """
     unit = gcd(*(round(5 * value) for value in terms.values())) / 5
-    program.add_row(terms, high=((limit / unit + 1e-9) // 1 + 0.5) * unit)
+    program.add_row(terms, high=((limit / unit * (1 + 1e-14) + 1e-9) // 1 + 0.5) * unit)
 
 
 Choices = dict[str, dict[Bits, int]]  # layer -> bits -> variable: whether the layer has these bits

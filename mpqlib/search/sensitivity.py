@@ -14,6 +14,7 @@ from pandas.errors import EmptyDataError, ParserError
 
 from ..files import save_atomically
 from ..network.bits import BitConfig, Candidates, check_config
+from ..network.quantizer import TERNARY
 from ..network.supernet import Supernet, tied_inputs
 from .error import Error, without_nan
 from .moves import BIT_WIDTHS, Move, apply_moves
@@ -182,15 +183,15 @@ class Sensitivity:
         paired = table["other_layer"].notna() if "other_layer" in table else table["layer"].isna()
         errors, base = {}, {}
         for row in table[~paired].itertuples(index=False):
-            move = Move(row.layer, row.part, row.base_bits, row.bits)
+            move = _read_move(row.layer, row.part, row.base_bits, row.bits)
             if base.setdefault(move[:2], move.before) != move.before or (move,) in errors:
                 raise ValueError(f"rows of layer {move.layer!r}, {move.part}, contradict another")
             errors[(move,)] = row.error
         _check_pairs(table[paired])
         for row in table[paired].itertuples(index=False):
-            first = Move(row.layer, row.part, row.base_bits, row.bits)
-            numbers = int(row.other_base_bits), int(row.other_bits)
-            second = Move(row.other_layer, row.other_part, *numbers)
+            first = _read_move(row.layer, row.part, row.base_bits, row.bits)
+            numbers = row.other_base_bits, row.other_bits
+            second = _read_move(row.other_layer, row.other_part, *numbers)
             if not {(first,), (second,)} <= errors.keys():
                 raise ValueError(f"a pair has a change without a row of its own: {first}, {second}")
             if (first, second) in errors:
@@ -220,9 +221,11 @@ class Sensitivity:
         try:
             # Python reads numbers exactly; pandas 2 is off by the last digit by default.
             exactly = dict.fromkeys(
-                ("error", "change", "base_error"), lambda text: float(text or nan)
+                ("base_bits", "bits", "error", "change", "base_error"),
+                lambda text: float(text or nan),
             )
-            return cls.from_frame(pd.read_csv(path, converters=exactly))
+            names = dict.fromkeys(("layer", "part", "input_of", "other_layer", "other_part"), str)
+            return cls.from_frame(pd.read_csv(path, converters=exactly, dtype=names))
         except (ValueError, EmptyDataError, ParserError) as error:
             raise ValueError(
                 f"{path} is no sensitivity table ({error}): measure it again"
@@ -241,6 +244,12 @@ def _places(config: BitConfig) -> Iterator[tuple[tuple[str, str], int]]:
             yield (name, part), width
 
 
+def _read_move(layer: str, part: str, before: float, after: float) -> Move:
+    """A move with whole numbers of bits, except of ternary weights."""
+    before, after = (bits if bits == TERNARY else int(bits) for bits in (before, after))
+    return Move(layer, part, before, after)
+
+
 def _check_columns(table: pd.DataFrame) -> None:
     """Raises ValueError for an entry that no sensitivity table has."""
     for name in ("layer", "part"):
@@ -249,7 +258,8 @@ def _check_columns(table: pd.DataFrame) -> None:
     if wrong := set(table["part"]) - set(BIT_WIDTHS):
         raise ValueError(f"part is one of {BIT_WIDTHS}, not {sorted(map(str, wrong))[0]!r}")
     for name in ("base_bits", "bits"):
-        if not pd.api.types.is_integer_dtype(table[name]):
+        bits = pd.to_numeric(table[name])
+        if not ((bits % 1 == 0) | (bits == TERNARY)).all():
             raise ValueError(f"column {name!r} holds something else than whole numbers")
     for name in ("error", "change", "base_error"):
         if not pd.api.types.is_numeric_dtype(table[name]):

@@ -7,6 +7,7 @@ away, W - Q(W). One formula serves ordinary, grouped and depth-wise convolutions
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.func import functional_call
 
 from ..network.bits import Bits, Candidates, check_bits
 from ..network.cost import bitops, model_size
-from ..network.observation import observe
+from ..network.observation import hooked, observe
 from ..network.supernet import LayerInfo
 
 GRANULARITIES = ("tensor", "channel")
@@ -105,10 +106,10 @@ class AdaptedConv2d(nn.Module):
             left, right = left * cut, cut[:, None] * right
         return (left @ right).reshape(self.conv.weight.shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Conv2d
         # One convolution computes the same as two beside each other, in less time.
         weight = self.conv.weight + self.residual()
-        return functional_call(self.conv, {"weight": weight}, (x,))
+        return functional_call(self.conv, {"weight": weight}, (input,))
 
     def cut_softly(self, share: float, order: int) -> None:
         """Starts the soft cut of this order, after the share `share`, at least one component."""
@@ -154,7 +155,8 @@ def _check_convolution(name: str, conv: nn.Conv2d) -> None:
         raise ValueError(f"the weight of {name!r} must be a plain parameter in float32 or float64")
     if not weight.isfinite().all():
         raise ValueError(f"the weight of {name!r} holds values that are not finite")
-    size = [2 * d * k for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    around = 0 if isinstance(conv.padding, str) else max(conv.padding)  # reflect needs as much
+    size = [2 * d * k + around for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     x = torch.ones(1, conv.in_channels, *size).cumsum(1).cumsum(3).sin().to(weight)
 
     def run(factor: float) -> Tensor:
@@ -199,11 +201,15 @@ def bits_by_name(convs: Mapping[str, nn.Conv2d], bits: int | Mapping[str, int]) 
     """
     named = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(convs, bits)
     if wrong := named.keys() ^ convs.keys():
-        raise ValueError(f"bits: convolutions that are missing or unknown: {sorted(wrong)}")
-    for name, width in named.items():
-        if width != FLOAT_BITS:
-            check_bits(f"bits of {name!r}", (width,))
-    return {name: named[name] for name in convs}
+        raise ValueError(
+            f"bits: convolutions that are missing or unknown: {sorted(wrong, key=str)}"
+        )
+
+    def checked(name: str) -> int:
+        width = named[name]
+        return FLOAT_BITS if width == FLOAT_BITS else check_bits(f"bits of {name!r}", (width,))[0]
+
+    return {name: checked(name) for name in convs}
 
 
 class Adapted(nn.Module):
@@ -240,6 +246,25 @@ class Adapted(nn.Module):
             for name, child in parent._modules.items():  # under all its names
                 parent._modules[name] = made.get(child, child)
         self.eval()
+        self._check_calls(example[:1], {name: len(seen[name].inputs) for name in convs})
+
+    @torch.no_grad()
+    def _check_calls(self, example: Tensor, expected: Mapping[str, int]) -> None:
+        """Raises ValueError for a convolution that the network calls past its adapter."""
+        calls = dict.fromkeys(expected, 0)
+
+        def count(name: str, *_: object) -> None:
+            calls[name] += 1
+
+        handles = [c.register_forward_hook(partial(count, n)) for n, c in self.convs.items()]
+        with hooked(handles):
+            self.network(example)
+        for name, now in calls.items():
+            if now != expected[name]:
+                raise ValueError(
+                    f"{name!r} runs {now} times with its adapter, but {expected[name]} times in the"
+                    " float network: call it as a submodule, not through a list or a function"
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's output for images (N, C, H, W)."""

@@ -30,7 +30,7 @@ from ..network.bits import BitConfig, Candidates, check_bits, check_weight_bits,
 from ..network.cost import model_size
 from ..network.quantizer import TERNARY
 from ..network.supernet import LayerInfo, Supernet
-from ..network.width import inner_layers, nearest_width, solve_width
+from ..network.width import inner_layers, nearest_width, solve_width, weight_bytes
 from ..report.claims import Claim, documents, table
 from ..report.intervals import t_interval
 from ..report.plots import COLOURS
@@ -105,6 +105,9 @@ class SizeSetting:
             value = getattr(self, name)
             if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r} is not allowed: a whole number from {low}")
+        for name in ("training", "float_training"):
+            if not isinstance(value := getattr(self, name), Mapping):
+                raise ValueError(f"{name}={value!r} is not allowed: options of TrainConfig by name")
         for kind in ("float", "alone", "supernet"):
             self.config(kind, 0)
 
@@ -134,9 +137,11 @@ def check_families(families: Mapping[str, Sequence[float]]) -> None:
         if name not in CIFAR_NETWORKS:
             known = list(CIFAR_NETWORKS)
             raise ValueError(f"families={families!r}: {name!r} is not allowed: one of {known}")
-        numbers = isinstance(sizes, list) and all(isinstance(s, (int, float)) for s in sizes)
+        numbers = isinstance(sizes, list) and all(type(s) in (int, float) for s in sizes)
         if not numbers or not sizes or not all(0 < size < inf for size in sizes):
             raise ValueError(f"families[{name!r}]={sizes!r} is not allowed: a list of sizes in kB")
+        if len(set(sizes)) < len(sizes):
+            raise ValueError(f"families[{name!r}]={sizes!r} is not allowed: none may stand twice")
 
 
 def find_policies(
@@ -189,6 +194,21 @@ class SizeStudy:
         given = partial(self.build, family), bits, self.setting.edge_bits, 1000 * size
         return nearest_width(*given)[0] if arm in MIXED else solve_width(*given)
 
+    def check_sizes(self, family: str) -> None:
+        """Raises ValueError, before any training, for a size that an arm cannot have."""
+        network = self.build(family, 1.0)
+        inner, edge = inner_layers(network), self.setting.edge_bits
+        fewest = dict.fromkeys(inner, min(self.setting.candidates))
+        least = weight_bytes(network, fewest, edge) / 1000
+        for size in self.setting.families[family]:
+            if size < least:
+                raise ValueError(
+                    f"size={size} kB is not allowed: {family} at width 1 needs {least:.1f} kB with "
+                    "the fewest bits"
+                )
+            for bits in self.setting.single:
+                self.find_width(family, size, name_arm(bits), dict.fromkeys(inner, bits))
+
     def train(self, model: nn.Module, kind: str, seed: int) -> nn.Module:
         """Trains a network; see `SizeSetting.config`."""
         self.deadline.check()
@@ -234,6 +254,7 @@ class SizeStudy:
         """The policies of a seed: bits of the inner layers, and the rows of the shared weights."""
 
         def compute() -> dict:
+            self.check_sizes(family)
             supernet = self.train_supernet(family, seed)
             sizes = self.setting.families[family]
             policies = find_policies(self.search_path(supernet), supernet.table, sizes)
@@ -269,7 +290,8 @@ class SizeStudy:
             about = {"family": family, "size_kb": size, "arm": arm, "seed": seed, "width": width}
             return about | self.measure(supernet, largest(supernet.candidates))
 
-        return remembered(self.row_file(family, size, arm, seed), self.setting.about, compute)
+        about = self.setting.about | dict(family=family, size=size, arm=arm, seed=seed)
+        return remembered(self.row_file(family, size, arm, seed), about, compute)
 
     def rows(self, seed: int) -> list[dict]:
         """All rows of a seed, with those of the shared weights."""

@@ -19,10 +19,10 @@ from tqdm.auto import tqdm
 from ..search.limits import check_count
 from ..training.evaluation import decoded, select_device
 from ..training.step import check_labels, check_logits
-from .adapters import FLOAT_BITS, GRANULARITIES, Adapted, AdaptedConv2d
+from .adapters import FLOAT_BITS, GRANULARITIES, Adapted, AdaptedConv2d, check_convolutions
 
 # Options of `cora` that are whole numbers, and their smallest values
-LEAST_COUNTS = {"adapter_bits": 2, "order": 1, "iterations": 0, "batch_size": 1}
+LEAST_COUNTS = {"adapter_bits": 2, "order": 1, "iterations": 0, "batch_size": 1, "seed": 0}
 # Smallest and largest values of the others
 RANGES_OF_NUMBERS = {
     "budget": (0, inf),  # a share of the weights
@@ -152,9 +152,31 @@ def _check_options(granularity: str, **options: float | None) -> None:
         raise ValueError(f"granularity={granularity!r} is not allowed: one of {GRANULARITIES}")
 
 
-def _recalibrate_norms(adapted: Adapted, images: Tensor) -> None:
+def _read_images(calibration: Dataset) -> tuple[Tensor, Tensor]:
+    """All images (N, C, H, W) and labels (N); raises ValueError for anything else."""
+    if not isinstance(calibration, Dataset):
+        raise ValueError(
+            f"calibration is a {type(calibration).__name__}: pass a Dataset of (image, label), such"
+            " as TensorDataset(images, labels)"
+        )
+    tensors = decoded(calibration).tensors
+    if len(tensors) != 2 or tensors[0].dim() != 4 or tensors[1].dim() != 1:
+        found = [tuple(t.shape) for t in tensors]
+        raise ValueError(
+            f"calibration holds tensors of shape {found}: (N, C, H, W) and (N,) are needed, from "
+            "items (image, label)"
+        )
+    images, labels = tensors
+    if not images.isfinite().all():
+        raise ValueError("calibration holds images with values that are not finite")
+    return images, labels
+
+
+def _recalibrate_norms(adapted: Adapted, images: Tensor, seed: int) -> None:
     """Sets all batch norms to the statistics of the images, in batches of about 128."""
-    update_bn(images.tensor_split(ceil(len(images) / 128)), adapted)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of dropout
+        update_bn(images.tensor_split(ceil(len(images) / 128)), adapted)
 
 
 @torch.no_grad()
@@ -173,8 +195,10 @@ def _place_adapters(
     Returns the convolutions with adapters by name. Raises ValueError for a budget below adapters
     of rank 1, and for unknown names in `exempt`.
     """
-    if unknown := set(exempt) - set(adapted.convs):
-        raise ValueError(f"exempt names no convolution: {sorted(unknown)}")
+    if isinstance(exempt, str) or not isinstance(exempt, Collection):
+        raise ValueError(f"exempt={exempt!r} is not allowed: a list of names of convolutions")
+    if unknown := [name for name in exempt if name not in adapted.convs]:
+        raise ValueError(f"exempt names no convolution: {unknown}")
     kept = {}
     for name, conv in adapted.convs.items():
         if budget == 0 or name in exempt or conv.bits == FLOAT_BITS:
@@ -193,6 +217,8 @@ def _place_adapters(
     return kept
 
 
+@torch.inference_mode(False)  # the search needs gradients, wherever it is called
+@torch.enable_grad()
 def cora(
     network: nn.Module,
     calibration: Dataset,
@@ -232,15 +258,19 @@ def cora(
     anew on the calibration images, before the search and at the end, in training mode (torch's
     `update_bn`). `lr`, `clip`, `gamma`: as in `search_ranks`. `seed`: of the batches.
 
-    Raises ValueError for a value that is not allowed, a budget below adapters of rank 1, and a
-    network that cannot be adapted (see `check_convolutions`). Source: CoRa (arXiv 2408.00923), by
-    its release; the form of grouped and depth-wise adapters is our own.
+    Raises ValueError for a value that is not allowed, a budget below adapters of rank 1, images
+    that are not finite, and a network that cannot be adapted (see `check_convolutions`). Source:
+    CoRa (arXiv 2408.00923), by its release; the form of grouped and depth-wise adapters is our own.
     """
     how = dict(iterations=iterations, batch_size=batch_size, lr=lr, clip=clip, gamma=gamma)
     options = dict(budget=budget, deviations=deviations, start=start, order=order)
-    _check_options(granularity, **options, **how, adapter_bits=adapter_bits)
-    device = select_device(device)
-    images, targets = (tensor.to(device) for tensor in decoded(calibration).tensors)
+    _check_options(granularity, **options, **how, adapter_bits=adapter_bits, seed=seed)
+    for name, value in dict(teacher=teacher, recalibrate=recalibrate).items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is not allowed: True or False")
+    adapter_bits, device = int(adapter_bits), select_device(device)
+    check_convolutions(network)
+    images, targets = (tensor.to(device) for tensor in _read_images(calibration))
     copied = copy.deepcopy(network).to(device).eval()
     outputs = _outputs(copied, images if teacher else images[:1])
     if teacher:
@@ -250,7 +280,7 @@ def cora(
     adapted = Adapted(copied, images[:1], bits, granularity, deviations, adapter_bits)
     convs = _place_adapters(adapted, budget, exempt, order, start)
     if recalibrate and (iterations or not convs):
-        _recalibrate_norms(adapted, images)
+        _recalibrate_norms(adapted, images, seed)
     if convs:
         shares = search_ranks(adapted, convs, images, targets, budget, **how, seed=seed)
         full, component = zip(*((c.rank, c.component) for c in convs.values()), strict=True)
@@ -259,5 +289,5 @@ def cora(
         for conv, rank in zip(convs.values(), ranks, strict=True):
             conv.set_rank(rank, adapter_bits)
         if recalibrate:
-            _recalibrate_norms(adapted, images)
+            _recalibrate_norms(adapted, images, seed)
     return adapted

@@ -393,8 +393,9 @@ class Run:
     def describe(self) -> dict:
         """Settings that must match before resuming."""
         about = {f"about[{key!r}]": value for key, value in self.about.items()}
-        tied = tied_inputs(self.model.table) if isinstance(self.model, Supernet) else []
-        own = {"images": self.images, "tied_inputs": list(map(list, tied))}
+        table = self.model.table if isinstance(self.model, Supernet) else []
+        own = {"images": self.images, "tied_inputs": list(map(list, tied_inputs(table)))}
+        own |= {f"bits of {info.name!r}": list(map(list, info.candidates)) for info in table}
         return asdict(self.config) | own | about
 
     def save(self, path: Path) -> None:

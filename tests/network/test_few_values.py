@@ -13,7 +13,8 @@ from mpqlib.network.cost import bitops, model_size
 from mpqlib.network.quantizer import BINARY, TERNARY, Quantizer, ScaledQuantizer
 from mpqlib.network.supernet import Supernet
 from mpqlib.report.policy import load_policy, save_policy
-from mpqlib.search.assignment import assignment
+from mpqlib.search.assignment import Program, add_limit, assignment, quick_table
+from mpqlib.search.sensitivity import Sensitivity
 
 POSITION = torch.tensor([0])
 
@@ -125,3 +126,29 @@ def test_they_must_be_the_only_candidate(weight):
     overrides = {"2": Candidates(weight, (8,))}
     with pytest.raises(ValueError, match=r"overrides\['2'\]=.*(2 to 16|string).*alone"):
         Supernet(network(), torch.randn(4, 3, 5, 5), (2, 4), overrides=overrides)
+
+
+def test_a_table_with_ternary_weights_comes_back(tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1))
+    x, own = torch.randn(2, 3, 4, 4), {"0": Candidates((TERNARY,), (2, 4))}
+    supernet = Supernet(
+        nn.Sequential(net, nn.Flatten()),
+        x,
+        (2, 4),
+        edge_bits=None,
+        overrides={f"0.{name}": bits for name, bits in own.items()},
+    )
+    table = quick_table(supernet, lambda config: model_size(supernet.table, config))
+    table.save(tmp_path / "sensitivity.csv")
+    assert Sensitivity.load(tmp_path / "sensitivity.csv") == table
+
+
+def test_exact_limits_of_large_networks_are_met():
+    # Sizes whose quotient by the unit is not exact in floating point.
+    bits = {0: 8 * 338_414, 1: TERNARY * 1_343_406, 2: 2 * 2_131_457, 3: 4 * 2_131_457}
+    for chosen in ((0, 1, 2), (0, 1, 3), (1, 2), (1, 3)):
+        size = sum(bits[i] for i in chosen)
+        program = Program()
+        add_limit(program, bits, size)
+        ((terms, _, high),) = program.rows
+        assert high > sum(terms[i] for i in chosen) + 1e-9

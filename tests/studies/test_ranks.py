@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import TinyNet, images
@@ -212,11 +213,50 @@ def test_a_seed_gives_the_same_ranks():
     assert all(0 < share <= 1 for share in shares(0).values())
 
 
-def test_infinite_images_stop_the_search():
-    x, y = images(16).tensors
-    x[3] = torch.inf
+def test_a_loss_that_is_not_finite_stops_the_search():
     with pytest.raises(FloatingPointError, match="the loss of the rank search"):
-        cora(network(), TensorDataset(x, y), bits=3, budget=0.5, **QUICK)
+        cora(network(), images(16), bits=3, budget=0.5, gamma=1e300, **QUICK)
+
+
+class Listed(nn.Module):
+    """Calls its second convolution through a Python list, which no replacement reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3)
+        self.later = [self.b]
+
+    def forward(self, x):
+        return self.later[0](self.a(x)).mean((2, 3))
+
+
+def test_a_convolution_past_its_adapter_is_named():
+    with pytest.raises(ValueError, match="'b' runs 0 times with its adapter, but 1 times in"):
+        cora(Listed(), images(16), budget=9)
+
+
+def test_small_whole_numbers_of_numpy_are_whole_numbers():
+    how = dict(budget=0.5, iterations=0)
+    plain = cora(network(), images(16), 8, adapter_bits=8, **how)
+    small = cora(network(), images(16), np.int8(8), adapter_bits=np.int8(8), **how)
+    assert torch.equal(small(images(4).tensors[0]), plain(images(4).tensors[0]))
+    assert small.cost() == plain.cost()
+
+
+def test_dropout_does_not_change_what_a_seed_gives():
+    float_network = nn.Sequential(nn.Dropout(), network())
+    x = images(4).tensors[0]
+    outputs = []
+    for before in (0, 1):
+        torch.manual_seed(before)
+        outputs.append(cora(float_network, images(32), 3, 0, recalibrate=True)(x))
+    assert torch.equal(*outputs)
+
+
+def test_a_search_runs_in_inference_mode():
+    float_network, calibration = network(), images(16)
+    with torch.inference_mode():
+        assert cora(float_network, calibration, 3, 0.5, **QUICK).ranks
 
 
 @pytest.mark.parametrize(
@@ -237,6 +277,10 @@ def test_infinite_images_stop_the_search():
         (dict(lr=-1), "lr=-1"),
         (dict(gamma=math.inf), "gamma=inf"),
         (dict(exempt=["nothing"]), "exempt names no convolution"),
+        (dict(exempt="stem"), "exempt='stem' is not allowed: a list"),
+        (dict(exempt=None), "exempt=None is not allowed: a list"),
+        (dict(seed=0.5), "seed=0.5"),
+        (dict(teacher="no"), "teacher='no' is not allowed: True or False"),
         (dict(device="abacus"), "abacus"),
     ],
 )
@@ -251,5 +295,13 @@ def test_odd_calibration_is_refused():
         cora(network(), TensorDataset(x[:0], y[:0]), budget=0.5)
     with pytest.raises(ValueError, match="the model has classes 0 to 2"):
         cora(network(), TensorDataset(x, y + 3), budget=0.5)
+    with pytest.raises(ValueError, match="calibration is a Tensor: pass a Dataset"):
+        cora(network(), x, budget=0.5)
+    with pytest.raises(ValueError, match=r"calibration holds tensors of shape \[\(16, "):
+        cora(network(), TensorDataset(x), budget=0.5)
+    for value in (math.inf, math.nan):
+        x[3] = value
+        with pytest.raises(ValueError, match="values that are not finite"):
+            cora(network(), TensorDataset(x, y), budget=0.5)
     with pytest.raises(TypeError, match="unknown"):
         cora(network(), images(16), budget=0.5, unknown=1)
