@@ -282,7 +282,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named_before_training(dataset, t
 def test_a_checkpoint_of_another_network_data_set_or_kind_is_refused(supernet, dataset, tmp_path):
     path = tmp_path / "run.pt"
     train(TinyNet(), dataset, SMALL, checkpoint=path)
-    with pytest.raises(ValueError, match=r"run.pt does not fit this model.*missing \('model.stem"):
+    with pytest.raises(ValueError, match=r"run.pt holds .* \(bits of 'depthwise': 'not set' there"):
         train(supernet, dataset, SMALL, checkpoint=path)
     with pytest.raises(ValueError, match="images: 48 there, 64 now"):
         train(TinyNet(), images(64), SMALL, checkpoint=path)
@@ -294,6 +294,13 @@ def test_a_checkpoint_of_another_network_data_set_or_kind_is_refused(supernet, d
     path.write_bytes(b"PK text")
     with pytest.raises(ValueError, match=r"run.pt is damaged.*remove it to start anew"):
         train(TinyNet(), dataset, SMALL, checkpoint=path)
+
+
+def test_a_checkpoint_of_other_candidates_is_refused(dataset, tmp_path):
+    path, x = tmp_path / "run.pt", dataset[:8][0]
+    train(Supernet(TinyNet(), x, (2, 4)), dataset, SMALL, checkpoint=path)
+    with pytest.raises(ValueError, match=r"bits of 'pointwise': \[\[2, 4\], \[2, 4\]\] there, "):
+        train(Supernet(TinyNet(), x, (3, 4)), dataset, SMALL, checkpoint=path)
 
 
 def test_numpy_scalars_paths_tuples_and_path_strings_are_resumable(dataset, tmp_path):
