@@ -93,6 +93,8 @@ def read_profile(path: Path | None, options: Mapping) -> Profile:
     training = values["training"], options.get("training", {})
     if wrong := [each for each in training if not isinstance(each, dict)]:
         raise ValueError(f'training={wrong[0]!r} is not allowed: options such as "{{lr: 0.02}}"')
+    if twice := [key for key in defaults if key in training[0] | training[1]]:
+        raise ValueError(f"training: {twice} are not allowed here: they are settings of their own")
     return Profile(**values | dict(options) | {"training": training[0] | training[1]})
 
 

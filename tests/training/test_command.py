@@ -77,6 +77,7 @@ def test_options_override_the_profile(tmp_path):
         ("epoch: 3", "some.yaml: ['epoch'] are not settings; allowed are ['model', 'pretrained'"),
         ("- 3", "some.yaml holds no settings"),
         ("training: 3", "training=3 is not allowed"),
+        ("training: {epochs: 8}", "training: ['epochs'] are not allowed here"),
         ("a: b: c", "mapping values are not allowed here"),
     ],
 )
