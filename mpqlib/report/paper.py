@@ -228,7 +228,7 @@ PAPER = [
         place="One Weight Bitwidth",
         measure=f"{TOP1} at equal size, mean of all families and sizes; the width is free",
         notebook="09_one_bitwidth",
-        run=None,
+        run="cifar10_small",
     ),
     Listed(
         "Low-rank adapters recover the accuracy of a network quantized to 4 bits.",
