@@ -240,7 +240,7 @@ PAPER = [
         place="CoRa",
         measure=f"{TOP1}, uniform ranks, 5% added weights",
         notebook="10_cora",
-        run=None,
+        run="lite0",
     ),
     Listed(
         "Searched adapter ranks beat uniform ranks at equal size.",
@@ -252,7 +252,7 @@ PAPER = [
         place="CoRa",
         measure=f"{TOP1} at 4 bits, 5% added weights",
         notebook="10_cora",
-        run=None,
+        run="digits",
     ),
 ]
 
