@@ -122,6 +122,7 @@ def test_a_data_set_without_its_folder_is_named():
 
 def test_the_module_is_a_command(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["mpqlib.training", "--help"])
+    monkeypatch.delitem(sys.modules, "mpqlib.training.__main__", raising=False)  # another test's
     runpy.run_module("mpqlib.training", run_name="__main__")
     text = capfd.readouterr().out
     assert "torchrun" in text and all(f"--{n.replace('_', '-')}" in text for n in vars(Profile()))
