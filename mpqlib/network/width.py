@@ -1,6 +1,8 @@
 """Width of a network whose weights, at given bits, have a given size."""
 
 from collections.abc import Callable, Mapping
+from math import inf
+from numbers import Real
 
 import torch
 from torch import nn
@@ -39,6 +41,8 @@ def nearest_width(
     `weight_bytes`. Channels are whole numbers, so the sizes that a network can have are steps.
     Raises ValueError if `size` lies outside the widths from NARROWEST to WIDEST.
     """
+    if not isinstance(size, Real) or not 0 < size < inf:
+        raise ValueError(f"size={size!r} is not allowed: bytes, a number above 0")
 
     def bytes_at(width: float) -> float:
         with torch.device("meta"):  # shapes alone

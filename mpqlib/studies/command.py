@@ -96,8 +96,11 @@ class Command:
             raise ValueError(
                 f"{given.profile} is no profile: fields of {setting.__name__} and a list of seeds"
             )
-        if len(set(profile["seeds"])) < len(profile["seeds"]):
-            raise ValueError(f"seeds={profile['seeds']} in {given.profile}: none may stand twice")
+        seeds = profile["seeds"]
+        if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
+            raise ValueError(f"seeds={seeds} in {given.profile}: whole numbers from 0 are needed")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds={seeds} in {given.profile}: none may stand twice")
         output = profile.pop("output_dir", None)
         seeds, most = profile.pop("seeds"), profile.pop("most_epochs", None)
         root = profile.pop("data_root", "data")

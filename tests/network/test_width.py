@@ -60,6 +60,12 @@ def test_a_size_that_no_width_reaches_is_refused(size):
         nearest_width(builder("resnet8_cifar"), {}, 8, size)
 
 
+@pytest.mark.parametrize("size", [-5, 0, float("nan"), "24 kB", None])
+def test_a_size_that_is_no_size_is_named(size):
+    with pytest.raises(ValueError, match=f"size={size!r} is not allowed: bytes, a number above 0"):
+        nearest_width(builder("resnet8_cifar"), {}, 8, size)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_width_multiplies_channels_and_one_changes_nothing(family):
     wide, plain = models.create(family, 7, width=2.5), models.create(family, 7)

@@ -232,6 +232,8 @@ def test_command_needs_no_notebook_packages():
         ({"freezing": {}}, [], "freezing"),
         ({"seeds": 3}, [], "is no profile"),
         ({"seeds": [0, 1, 0]}, [], "none may stand twice"),
+        ({"seeds": []}, [], r"seeds=\[\] in .*: whole numbers from 0 are needed"),
+        ({"seeds": ["a"]}, [], r"seeds=\['a'\] in .*: whole numbers"),
         ({}, ["--device", "abacus"], "device='abacus' is not available"),
     ],
 )
