@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 
 from mpqlib.network.supernet import Supernet
 from mpqlib.studies.train import beside_float
+from mpqlib.training.loop import TrainConfig
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
@@ -40,6 +41,19 @@ class TinyNet(nn.Module):
         y = self.norm(self.depthwise(x))
         y += x
         return self.last(self.pointwise(y.relu()).mean((2, 3)))
+
+
+# A short training in which all rules take part.
+SMALL = TrainConfig(
+    epochs=3,
+    batch_size=16,
+    schedule_parts=3,
+    warmup=1,
+    step_travel=0.01,
+    freeze_start=1,
+    freeze_every=1,
+    grid_start=1,
+)
 
 
 def images(n: int, seed: int = 0) -> TensorDataset:

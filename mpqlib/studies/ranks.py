@@ -135,8 +135,11 @@ def fit_ranks(
     return ranks
 
 
-def _check_options(granularity: str, **options: float | None) -> None:
-    """Raises ValueError for an option of `cora` that is not allowed."""
+def _check_options(granularity: str, switches: Mapping, **options: float | None) -> None:
+    """Raises ValueError for an option of `cora` that is not allowed. `switches`: True or False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is not allowed: True or False")
     for name, value in options.items():
         if name in LEAST_COUNTS:
             check_count(name, value, LEAST_COUNTS[name])
@@ -217,6 +220,20 @@ def _place_adapters(
     return kept
 
 
+def _set_ranks(
+    adapted: Adapted,
+    convs: Mapping[str, AdaptedConv2d],
+    shares: Mapping[str, float],
+    budget: float,
+) -> None:
+    """Gives the adapters of `convs` whole ranks within the budget. `shares`: from the search."""
+    full, component = zip(*((c.rank, c.component) for c in convs.values()), strict=True)
+    wanted = [shares[name] * conv.rank for name, conv in convs.items()]
+    ranks = fit_ranks(wanted, full, component, budget * adapted.weights)
+    for conv, rank in zip(convs.values(), ranks, strict=True):
+        conv.set_rank(rank, adapted.adapter_bits)
+
+
 @torch.inference_mode(False)  # the search needs gradients, wherever it is called
 @torch.enable_grad()
 def cora(
@@ -264,10 +281,8 @@ def cora(
     """
     how = dict(iterations=iterations, batch_size=batch_size, lr=lr, clip=clip, gamma=gamma)
     options = dict(budget=budget, deviations=deviations, start=start, order=order)
-    _check_options(granularity, **options, **how, adapter_bits=adapter_bits, seed=seed)
-    for name, value in dict(teacher=teacher, recalibrate=recalibrate).items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is not allowed: True or False")
+    switches = dict(teacher=teacher, recalibrate=recalibrate)
+    _check_options(granularity, switches, **options, **how, adapter_bits=adapter_bits, seed=seed)
     adapter_bits, device = int(adapter_bits), select_device(device)
     check_convolutions(network)
     images, targets = (tensor.to(device) for tensor in _read_images(calibration))
@@ -283,11 +298,7 @@ def cora(
         _recalibrate_norms(adapted, images, seed)
     if convs:
         shares = search_ranks(adapted, convs, images, targets, budget, **how, seed=seed)
-        full, component = zip(*((c.rank, c.component) for c in convs.values()), strict=True)
-        wanted = [shares[name] * conv.rank for name, conv in convs.items()]
-        ranks = fit_ranks(wanted, full, component, budget * adapted.weights)
-        for conv, rank in zip(convs.values(), ranks, strict=True):
-            conv.set_rank(rank, adapter_bits)
+        _set_ranks(adapted, convs, shares, budget)
         if recalibrate:
             _recalibrate_norms(adapted, images, seed)
     return adapted

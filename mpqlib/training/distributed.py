@@ -103,7 +103,7 @@ def average_gradients(model: nn.Module, losses: Mapping[str, Tensor]) -> dict[st
     dist.all_reduce(flat)
     flat /= world
     means = flat.split([tensor.numel() for tensor in tensors])
-    for gradient, mean in zip(gradients, means, strict=False):
+    for gradient, mean in zip(gradients, means[: len(gradients)], strict=True):
         gradient.copy_(mean.view(gradient.shape))
     return dict(zip(losses, (mean.squeeze() for mean in means[len(gradients) :]), strict=True))
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import yaml
-from conftest import TinyNet, images
+from conftest import SMALL, TinyNet, images
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import TensorDataset
@@ -23,18 +23,9 @@ from mpqlib.network.supernet import Supernet
 from mpqlib.training import loop
 from mpqlib.training.command import main
 from mpqlib.training.distributed import process_group, synced_batch_norm
-from mpqlib.training.loop import Run, TrainConfig, train
+from mpqlib.training.loop import Run, train
 
-SMALL = TrainConfig(
-    epochs=2,
-    batch_size=16,
-    schedule_parts=3,
-    warmup=1,
-    step_travel=0.01,
-    freeze_start=1,
-    freeze_every=1,
-    grid_start=1,
-)
+SHORT = replace(SMALL, epochs=2)
 EXACT = TensorDataset(images(48).tensors[0].double(), images(48).tensors[1])  # float64
 
 
@@ -45,7 +36,7 @@ def network(one_shot):
     return Supernet(net, EXACT.tensors[0][:16], (2, 3, 4), edge_bits=None) if one_shot else net
 
 
-def result(one_shot, config=SMALL, dataset=EXACT, **options):
+def result(one_shot, config=SHORT, dataset=EXACT, **options):
     """Trains; returns all numbers, or the text of an error."""
     try:
         model, history = train(network(one_shot), dataset, config, **options)
@@ -118,7 +109,7 @@ def test_more_processes_and_float_networks(world, one_shot, tmp_path):
 
 
 def test_without_synced_norms_processes_agree_on_other_numbers(pair, tmp_path):
-    config = replace(SMALL, sync_norms=False)
+    config = replace(SHORT, sync_norms=False)
     found = in_processes(2, tmp_path, lambda rank: result(True, config))
     check_equal(found[1], found[0], 0)
     assert abs(found[0]["history"][-1]["loss"] - pair[0]["history"][-1]["loss"]) > 1e-4
@@ -171,7 +162,7 @@ def test_a_number_that_is_not_finite_in_one_process_ends_all(tmp_path):
 
 
 def test_what_processes_cannot_share_is_refused(tmp_path):
-    odd, compiled = replace(SMALL, batch_size=15), replace(SMALL, compile="always")
+    odd, compiled = replace(SHORT, batch_size=15), replace(SHORT, compile="always")
     task = lambda rank: {"found": [result(True, config) for config in (odd, compiled)]}  # noqa: E731
     for each in in_processes(2, tmp_path, task):
         first, second = (found["error"] for found in each["found"])
@@ -182,7 +173,7 @@ def test_what_processes_cannot_share_is_refused(tmp_path):
 def test_processes_that_read_different_checkpoints_end(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "from_first", lambda value: 3)
     with pytest.raises(ValueError, match="at step 0 here, but at step 3 for the first process"):
-        train(network(False), EXACT, SMALL, checkpoint=tmp_path / "run.pt")
+        train(network(False), EXACT, SHORT, checkpoint=tmp_path / "run.pt")
 
 
 def test_a_process_that_fails_ends_the_job_with_its_error():
@@ -192,7 +183,7 @@ def test_a_process_that_fails_ends_the_job_with_its_error():
 
     def task():
         with process_group("cpu"):
-            train(network(False), EXACT, SMALL, watch=watch)
+            train(network(False), EXACT, SHORT, watch=watch)
 
     with pytest.raises(ChildFailedError, match="the disk of process 1 is full"):
         torchrun(2, task)

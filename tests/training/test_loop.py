@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TinyNet, images
+from conftest import SMALL, TinyNet, images
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -24,17 +24,6 @@ from mpqlib.network.quantizer import Quantizer
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
 from mpqlib.training.loop import Run, TrainConfig, load_batches, train
-
-SMALL = TrainConfig(
-    epochs=3,
-    batch_size=16,
-    schedule_parts=3,
-    warmup=1,
-    step_travel=0.01,
-    freeze_start=1,
-    freeze_every=1,
-    grid_start=1,
-)
 
 
 def numbers(history):
