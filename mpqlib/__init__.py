@@ -12,7 +12,8 @@ from .search.error import batch_error
 from .search.greedy import greedy
 from .search.sensitivity import Sensitivity, measure_sensitivity
 from .studies.ranks import cora
-from .training.evaluation import decoded, evaluate, recalibrate, select_device
+from .training.calibration import fit_steps
+from .training.evaluation import correct_means, decoded, evaluate, recalibrate, select_device
 from .training.loop import TrainConfig, train
 from .training.step import one_shot_gradients
 
@@ -27,9 +28,11 @@ __all__ = [
     "bitops_at",
     "check_budget",
     "cora",
+    "correct_means",
     "data",
     "decoded",
     "evaluate",
+    "fit_steps",
     "front",
     "greedy",
     "largest",

@@ -16,10 +16,10 @@ class QuantLinear(nn.Module):
 
     `op`: the float layer, unchanged. `example`: values that it reads; they set the initial steps
     and the sign of the activations. `float_input`: do not quantize the input (first layers read the
-    image). `weight_step`: rule for the initial steps of the weights. `scale_step_gradient`: as in
-    `Quantizer`. The arithmetic is the float layer's own forward, so subclasses keep their
-    behaviour. Attributes of the float layer, such as `weight` or `in_features`, can be read here,
-    too.
+    image). `weight_step`: rule for the initial steps of the weights. `scale_step_gradient`,
+    `per_channel` (of the weights): as in `Quantizer`. The arithmetic is the float layer's own
+    forward, so subclasses keep their behaviour. Attributes of the float layer, such as `weight` or
+    `in_features`, can be read here, too.
     """
 
     def __init__(
@@ -30,12 +30,13 @@ class QuantLinear(nn.Module):
         float_input: bool = False,
         weight_step: Callable[[Tensor, int, bool], Tensor] = nested_step,
         scale_step_gradient: bool = False,
+        per_channel: bool = False,
     ):
         super().__init__()
         self.op = op
         scaled = dict(scale_step_gradient=scale_step_gradient)
         self.weight_quantizer = create_weight_quantizer(
-            candidates.weight, op.weight, weight_step, scale_step_gradient
+            candidates.weight, op.weight, weight_step, scale_step_gradient, per_channel
         )
         self.act_quantizer = None if float_input else Quantizer(candidates.act, example, **scaled)
         self.pairs = [Bits(w, a) for w in candidates.weight for a in candidates.act]

@@ -1,9 +1,12 @@
 """Quantizers: LSQ, with one learned step per bit-width, and weights of two or three values."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+GRANULARITIES = ("tensor", "channel")  # one range for all weights, or one per output channel
 
 # Bits of weights of two or three values. A byte holds five of three values: 3^5 = 243 <= 256.
 BINARY, TERNARY = 1, 8 / 5
@@ -97,6 +100,20 @@ def lsq(
     return LSQ.apply(x, step, q_min, q_max, scale_step_gradient)
 
 
+def lsq_per_channel(
+    x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor, scale_step_gradient: bool = False
+) -> Tensor:
+    """`lsq` of weights `x` (out, ...) with a `step` (out, 1, ...) for each output channel.
+
+    It composes PyTorch's own operations, which takes more time and memory than `lsq`.
+    """
+    if scale_step_gradient:
+        g = (x[0].numel() * q_max).rsqrt()
+        step = step.detach() + g * (step - step.detach())
+    v = (x / step).clamp(q_min, q_max)
+    return (v + (v.round() - v).detach()) * step
+
+
 def _positive(step: Tensor) -> Tensor:
     # A tensor of zeros (a pruned layer, a dead input) has no scale: any positive step is exact.
     return torch.where(step > 0, step, torch.ones_like(step))
@@ -130,8 +147,10 @@ class Quantizer(nn.Module):
     `bits`: its bit-widths. `example`: a tensor of any shape that sets the initial steps by the rule
     `initial_step`. The range is signed if `example` holds a negative value, unless `signed` is
     given. `scale_step_gradient`: scale the gradients of the steps as LSQ does; RFQuant's release
-    does not. Raises ValueError if `bits` is empty or holds anything but whole numbers from 2 to 16.
-    Source: LSQ (arXiv 1902.08153), with one step per bit-width as in RFQuant (arXiv 2401.01543).
+    does not. `per_channel`: one step for each output channel of weights, and `example` holds these
+    weights (out, ...). Raises ValueError if `bits` is empty or holds anything but whole
+    numbers from 2 to 16. Source: LSQ (arXiv 1902.08153), with one step per bit-width as in RFQuant
+    (arXiv 2401.01543).
     """
 
     def __init__(
@@ -141,6 +160,7 @@ class Quantizer(nn.Module):
         signed: bool | None = None,
         initial_step: Callable[[Tensor, int, bool], Tensor] = lsq_step,
         scale_step_gradient: bool = False,
+        per_channel: bool = False,
     ):
         super().__init__()
         self.bits = tuple(sorted(set(bits)))
@@ -148,9 +168,17 @@ class Quantizer(nn.Module):
             raise ValueError("bits is empty: name at least one bit-width from 2 to 16")
         self.signed = bool(example.min() < 0) if signed is None else signed
         self.scale_step_gradient = scale_step_gradient
-        steps = [initial_step(example, b, self.signed) for b in self.bits]
+        self.per_channel = per_channel
+        steps = [self._initial_steps(example, b, initial_step) for b in self.bits]
         self.steps = nn.Parameter(torch.stack(steps))
         self.register_buffer("ranges", self._ranges(), persistent=False)
+
+    def _initial_steps(self, example: Tensor, bits: int, rule: Callable) -> Tensor:
+        """A scalar, or (out, 1, ...) per channel, which fits weights (out, ...)."""
+        if not self.per_channel:
+            return rule(example, bits, self.signed)
+        steps = torch.vmap(partial(rule, bits=bits, signed=self.signed))(example.detach())
+        return steps.reshape(-1, *(1 for _ in example.shape[1:]))
 
     def _ranges(self) -> Tensor:
         """Smallest and largest integers (2, bit-widths)."""
@@ -164,7 +192,10 @@ class Quantizer(nn.Module):
         return torch.tensor([self.bits.index(bits)], device=self.steps.device)
 
     def step(self, bits: int) -> Tensor:
-        """The positive step size at `bits`, a scalar; raises ValueError for other bit-widths."""
+        """The positive step size at `bits`, a scalar; (out, 1, ...) if it is per channel.
+
+        Raises ValueError for other bit-widths.
+        """
         return self.steps.index_select(0, self.position(bits)).squeeze(0).abs()
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
@@ -174,7 +205,8 @@ class Quantizer(nn.Module):
         """
         step = self.steps.index_select(0, position).squeeze(0).abs()
         q_min, q_max = self.ranges.index_select(1, position).squeeze(1)
-        return lsq(x, step, q_min, q_max, self.scale_step_gradient)
+        function = lsq_per_channel if self.per_channel else lsq
+        return function(x, step, q_min, q_max, self.scale_step_gradient)
 
     # The sign of the range belongs to the checkpoint, because it comes from data.
     def get_extra_state(self) -> Tensor:
@@ -246,8 +278,9 @@ def create_weight_quantizer(
     weight: Tensor,
     initial_step: Callable[[Tensor, int, bool], Tensor],
     scale_step_gradient: bool,
+    per_channel: bool,
 ) -> nn.Module:
     """The quantizer of weights with these candidate bits, checked by `bits.check_weight_bits`."""
     if len(bits) == 1 and bits[0] in FEW_VALUES:
         return ScaledQuantizer(*bits)
-    return Quantizer(bits, weight, True, initial_step, scale_step_gradient)
+    return Quantizer(bits, weight, True, initial_step, scale_step_gradient, per_channel)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from .bits import BitConfig, Candidates, check_bits, check_config, check_overrides, smallest
 from .layers import QuantConvBN, QuantLinear
 from .observation import Observation, check_quantized, observe
-from .quantizer import INITIAL_STEPS, Quantizer
+from .quantizer import GRANULARITIES, INITIAL_STEPS, Quantizer
 from .tracing import LAYERS, Structure, trace
 
 
@@ -137,9 +137,11 @@ class Supernet(nn.Module):
     a residual block and its shortcut, share one activation quantizer and its bits; RFQuant's
     release does not tie them. `pair_norms`: a batch norm per bit-width pair, or one for all.
     `weight_steps`: initial steps of the weights, "nested" (RFQuant's release: all grids end at the
-    same value) or "lsq" (LSQ's own, larger at few bits). `scale_step_gradient`: scale the gradients
-    of the steps as LSQ does; RFQuant's release does not. Initial steps of activations come from the
-    float network; RFQuant's release takes them from its first quantized batch.
+    same value) or "lsq" (LSQ's own, larger at few bits). `granularity`: one step for all weights
+    of a layer ("tensor", as in RFQuant), or one for each output "channel". `scale_step_gradient`:
+    scale the gradients of the steps as LSQ does; RFQuant's release does not. Initial steps of
+    activations come from the float network; RFQuant's release takes them from its first quantized
+    batch.
 
     Attributes: `table` describes the quantized layers, `float_parts` everything else that computes:
     other kinds of layers, and functions that the model calls itself, such as attention. Float parts
@@ -165,6 +167,7 @@ class Supernet(nn.Module):
         tie_inputs: bool = False,
         pair_norms: bool = True,
         weight_steps: str = "nested",
+        granularity: str = "tensor",
         scale_step_gradient: bool = False,
     ):
         super().__init__()
@@ -174,8 +177,13 @@ class Supernet(nn.Module):
         overrides = check_overrides(overrides or {})
         if weight_steps not in INITIAL_STEPS:
             raise ValueError(f"weight_steps={weight_steps!r} is not allowed: 'nested' or 'lsq'")
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"granularity={granularity!r} is not allowed: one of {GRANULARITIES}")
+        self.granularity = granularity
         steps = dict(
-            weight_step=INITIAL_STEPS[weight_steps], scale_step_gradient=scale_step_gradient
+            weight_step=INITIAL_STEPS[weight_steps],
+            scale_step_gradient=scale_step_gradient,
+            per_channel=granularity == "channel",
         )
         _check_float_model(model)
         structure = trace(model)
@@ -305,9 +313,10 @@ def check_steps(supernet: Supernet) -> None:
         for part, quantizer in layer.named_children():
             if not isinstance(quantizer, Quantizer):
                 continue
-            for bits, step in zip(quantizer.bits, quantizer.steps.tolist(), strict=True):
-                if step == 0 or not isfinite(step):
-                    raise ValueError(f"the step size of {name}.{part} at {bits} bits is {step}")
+            for bits, steps in zip(quantizer.bits, quantizer.steps, strict=True):
+                for step in steps.flatten().tolist():
+                    if step == 0 or not isfinite(step):
+                        raise ValueError(f"the step size of {name}.{part} at {bits} bits is {step}")
 
 
 def _per_image(macs: int, images: int) -> int:

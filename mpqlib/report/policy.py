@@ -52,6 +52,7 @@ def describe_policy(supernet: Supernet, config: BitConfig, sha256: str, about: M
         "last": supernet.last,
         "input_shape": list(supernet.input_shape),
         "pair_norms": all(layer.pair_norms for layer in convs),
+        "granularity": supernet.granularity,
         "tie_inputs": any(info.input_of for info in supernet.table),
         "candidates": {name: list(map(list, c)) for name, c in supernet.candidates.items()},
         "checkpoint_sha256": sha256,
@@ -158,6 +159,7 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
         overrides=candidates,
         tie_inputs=stored["tie_inputs"],
         pair_norms=stored["pair_norms"],
+        granularity=stored.get("granularity", "tensor"),  # earlier versions had no other
     )
 
 

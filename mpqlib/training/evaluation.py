@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
-from ..network.observation import eval_mode
+from ..network.observation import eval_mode, hooked
 from ..network.supernet import Supernet, check_steps, check_supernet
 from .step import check_labels
 
@@ -311,6 +312,72 @@ def recalibrate(
             raise ValueError(f"statistics of {name!r} are not finite: check images and weights")
     for name, norm in norms.items():
         norm.set_statistics(*found.get(name, norm.buffers[:2]), config)
+
+
+def _normed_layers(supernet: Supernet) -> dict[str, QuantConvBN]:
+    """Layers that have a bank of batch norms with running statistics, by name."""
+    return {
+        name: layer
+        for name, layer in _conv_layers(supernet).items()
+        if layer.bank is not None and getattr(layer.norm, "running_mean", None) is not None
+    }
+
+
+def _set_from_float(
+    layer: QuantConvBN, name: str, config: BitConfig, shift: Tensor | float
+) -> None:
+    """Gives the layer at `config` the statistics of float mode, with the mean moved by `shift`."""
+    norm = _RunningNorm(layer.norm, layer.bank, layer.row(config[name]))
+    norm.set_statistics(layer.norm.running_mean + shift, layer.norm.running_var, config)
+
+
+@torch.no_grad()
+def copy_statistics(supernet: Supernet, config: BitConfig) -> None:
+    """Sets the batch norms at `config` to the statistics of float mode.
+
+    Raises ValueError for another model, and for a `config` of another supernet.
+    """
+    check_supernet("supernet", supernet)
+    supernet.check(config)
+    for name, layer in _normed_layers(supernet).items():
+        _set_from_float(layer, name, config, 0.0)
+
+
+@torch.no_grad()
+def correct_means(supernet: Supernet, images: Tensor, config: BitConfig) -> None:
+    """Moves the means of batch norms by what quantizing moves the outputs of their convolutions.
+
+    `images`: (N, C, H, W), one batch of the training split. For each channel, the running mean at
+    `config` becomes that of float mode, plus the mean output at `config` minus that in float mode.
+    Variances stay those of float mode. The first layers come first, so that later ones read
+    corrected inputs. Of a layer that runs several times, the last call counts. Layers without a
+    batch norm are not corrected.
+
+    Raises ValueError for another model, for images that make outputs which are not finite, and for
+    a `config` of another supernet. Source: bias correction (arXiv 1906.04721, section 4.2), by
+    means that are measured instead of derived.
+    """
+    check_supernet("supernet", supernet)
+    supernet.check(config)
+    normed, in_float = _normed_layers(supernet), {}
+
+    def mean_output(name: str, output: Tensor) -> Tensor:
+        mean = output.mean((0, 2, 3))
+        if not mean.isfinite().all():
+            raise ValueError(f"outputs of {name!r} are not finite: check images and weights")
+        return mean
+
+    def measure(name: str, op: nn.Module, args: tuple, output: Tensor) -> None:
+        in_float[name] = mean_output(name, output)
+
+    def correct(name: str, op: nn.Module, args: tuple, output: Tensor) -> None:
+        shift = mean_output(name, output) - in_float[name]
+        _set_from_float(normed[name], name, config, shift)
+
+    with eval_mode(supernet):
+        for hook, bits in ((measure, None), (correct, config)):
+            with hooked([c.op.register_forward_hook(partial(hook, n)) for n, c in normed.items()]):
+                supernet(images, bits)
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def decay_by_region(
 def step_sizes(model: nn.Module) -> Tensor:
     """All step sizes of the quantizers of `model`, a vector; empty without quantizers."""
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
-    sizes = [q.steps.detach().abs() for q in quantizers]
+    sizes = [q.steps.detach().abs().flatten() for q in quantizers]
     return torch.cat(sizes) if sizes else torch.zeros(0)
 
 

@@ -38,8 +38,12 @@ def turbulence(layer: QuantLinear, bits: Iterable[int]) -> float:
     `bits`: current weight candidates of `layer`. A layer without its smallest bit-width has a lower
     turbulence, so that other layers take its place at the next decision.
     """
-    quantizer = layer.weight_quantizer
-    shares = [unstable_share(layer.op.weight, quantizer.step(b), b) / b for b in bits]
+    shares = []
+    for b in bits:
+        weight, step = layer.op.weight, layer.weight_quantizer.step(b)
+        if step.dim():  # per channel
+            weight, step = weight / step, torch.ones_like(step.flatten()[0])
+        shares.append(unstable_share(weight, step, b) / b)
     return float(torch.stack(shares).mean())
 
 

@@ -1,0 +1,170 @@
+"""How related work chooses bit-widths: by measures that stand for the error.
+
+Each measure makes a `Sensitivity` table for `solve`, or is an error for `measure_sensitivity`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import exp
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..network.bits import BitConfig, largest
+from ..network.cost import bitops
+from ..network.observation import eval_mode, hooked
+from ..network.supernet import Supernet, tied_inputs
+from ..training.evaluation import batch_norms, batch_statistics
+from .error import Error, batch_error
+from .limits import check_limits
+from .moves import BIT_WIDTHS, Move
+from .sensitivity import Sensitivity
+
+Rating = Callable[[str, str, int], float]  # of a layer, "weight" or "act", and bits
+
+
+def noise_to_signal(outputs: Tensor, target: Tensor) -> Tensor:
+    """Power of `outputs` minus `target`, as a share of the power of `target`; a scalar.
+
+    In decibels with the sign changed, this is the SQNR: -10 log10 of it.
+    """
+    return (outputs - target).square().sum() / target.square().sum()
+
+
+@torch.no_grad()
+def noise_error(supernet: Supernet, x: Tensor) -> Error:
+    """Returns the error "noise of the outputs": `noise_to_signal` against float mode, for images x.
+
+    Batch norms use the statistics of the batch, as in `batch_error`. It needs no labels.
+    """
+    with eval_mode(supernet), batch_statistics(batch_norms(supernet)):
+        in_float = supernet(x)
+    return batch_error(supernet, x, in_float, noise_to_signal)
+
+
+def lower_by_list(supernet: Supernet, table: Sensitivity, budget: float) -> BitConfig:
+    """Lowers bits in the order of a list until the budget holds: the least noise goes first.
+
+    `table`: from `measure_sensitivity` with `noise_error`, from the largest bits. The list holds
+    each change of one bit-width of one layer. A change that is above the present bits is passed
+    over. `budget`: BitOPs per image. Raises ValueError for a budget that cannot be met. Source:
+    "A practical mixed precision algorithm for post-training quantization" (arXiv 2302.05397).
+    """
+    check_limits(supernet, budget)
+    config = table.base
+    for (move,) in sorted((m for m in table.errors if len(m) == 1), key=table.errors.get):
+        if bitops(supernet.table, config) <= budget:
+            break
+        if move.after < getattr(config[move.layer], move.part):
+            config = move.apply(config)
+    return config
+
+
+def rate_bits(supernet: Supernet, rating: Rating) -> Sensitivity:
+    """A table of the sum of `rating` over all bit-widths of all layers; no pass is run.
+
+    `rating`: what one bit-width of one layer adds to the error.
+    """
+    base = largest(supernet.candidates)
+    total = sum(rating(n, part, getattr(base[n], part)) for n in base for part in BIT_WIDTHS)
+    errors = {}
+    for name, choices in supernet.candidates.items():
+        for part in BIT_WIDTHS:
+            now = getattr(base[name], part)
+            for bits in getattr(choices, part):
+                if bits != now:
+                    change = rating(name, part, bits) - rating(name, part, now)
+                    errors[(Move(name, part, now, bits),)] = total + change
+    return Sensitivity(base, total, errors, tuple(tied_inputs(supernet.table)))
+
+
+def hessian_traces(
+    supernet: Supernet, x: Tensor, y: Tensor, probes: int = 32, seed: int = 0, batch_size: int = 16
+) -> dict[str, float]:
+    """Trace of the Hessian of the cross-entropy, for the weights of each layer, in float mode.
+
+    `x`: images (N, C, H, W). `y`: labels (N). Hutchinson's estimate: the mean of v.Hv over `probes`
+    random vectors v of -1 and +1, for all layers at once, in batches of `batch_size` images, which
+    limit the memory. Batch norms are in eval mode. Source: HAWQ-V2 (arXiv 1911.03852).
+    """
+    weights = {name: layer.op.weight for name, layer in supernet.layers.items()}
+    generator, own = torch.Generator().manual_seed(seed), list(weights.values())
+    totals = dict.fromkeys(weights, 0.0)
+    with eval_mode(supernet), torch.enable_grad():
+        for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+            loss = F.cross_entropy(supernet(images), labels, reduction="sum") / len(x)
+            slopes = torch.autograd.grad(loss, own, create_graph=True)
+            for _ in range(probes):
+                signs = [torch.randint(2, w.shape, generator=generator).to(w) * 2 - 1 for w in own]
+                products = torch.autograd.grad(slopes, own, signs, retain_graph=True)
+                for name, v, product in zip(weights, signs, products, strict=True):
+                    totals[name] += float((v * product).sum()) / probes
+    return totals
+
+
+@torch.no_grad()
+def hessian_table(
+    supernet: Supernet, x: Tensor, y: Tensor, probes: int = 32, seed: int = 0
+) -> Sensitivity:
+    """A table of HAWQ's measure: mean Hessian trace of a layer times its squared rounding error.
+
+    The parameters are those of `hessian_traces`. It rates weights alone: solve it with
+    `equal_bits=True`. A negative trace, which is an error of the estimate, counts as 0. Source:
+    HAWQ-V2 (arXiv 1911.03852), and HAWQ-V3 (arXiv 2011.10680) for the integer program.
+    """
+    traces = hessian_traces(supernet, x, y, probes, seed)
+
+    def rating(name: str, part: str, bits: int) -> float:
+        if part == "act":
+            return 0.0
+        layer = supernet.layers[name]
+        weight, quantizer = layer.op.weight, layer.weight_quantizer
+        noise = (quantizer(weight, quantizer.position(bits)) - weight).square().sum()
+        return max(traces[name], 0.0) / weight.numel() * float(noise)
+
+    return rate_bits(supernet, rating)
+
+
+@torch.no_grad()
+def similarities(supernet: Supernet, x: Tensor) -> Tensor:
+    """Similarity (0 to 1) of the outputs of each two layers, in float mode: shape (layers, layers).
+
+    `x`: images (N, C, H, W). Outputs of a layer are an N x features matrix F with centred columns;
+    the similarity of two is <F F', G G'> / (|F F'| |G G'|). Of a layer that runs several times, the
+    last call counts. Source: OMPQ (arXiv 2109.07865), which calls it ORM.
+    """
+    grams: dict[str, Tensor] = {}
+
+    def keep(name: str, op: nn.Module, args: tuple, output: Tensor) -> None:
+        features = output.flatten(1) - output.flatten(1).mean(0)
+        gram = features @ features.T
+        grams[name] = (gram / gram.norm()).flatten()
+
+    layers = supernet.layers
+    handles = [layer.op.register_forward_hook(partial(keep, n)) for n, layer in layers.items()]
+    with eval_mode(supernet), hooked(handles):
+        supernet(x)
+    stacked = torch.stack([grams[name] for name in layers])
+    return stacked @ stacked.T
+
+
+def orthogonality_table(supernet: Supernet, x: Tensor, beta: float = 10.0) -> Sensitivity:
+    """A table of OMPQ's measure: bits are worth more in layers that resemble few other layers.
+
+    `x`: as in `similarities`. A layer's importance is exp(-beta * (sum of its similarities to the
+    others)), and each of its bits is worth the mean importance of this layer and all later ones. It
+    rates weights alone: solve it with `equal_bits=True`. Source: OMPQ (arXiv 2109.07865) and its
+    release.
+    """
+    matrix = similarities(supernet, x)
+    sums = (matrix.sum(1) - matrix.diagonal()).tolist()
+    # Only ratios count; without the smallest sum, all could be 0 in floating point.
+    importance = [exp(-beta * (total - min(sums))) for total in sums]
+    names = list(supernet.layers)
+    worth = {n: sum(importance[i:]) / len(importance[i:]) for i, n in enumerate(names)}
+
+    def rating(name: str, part: str, bits: int) -> float:
+        return -worth[name] * bits if part == "weight" else 0.0
+
+    return rate_bits(supernet, rating)

@@ -1,0 +1,88 @@
+"""Step sizes with the least rounding error, for a supernet that is used without training."""
+
+from functools import partial
+from math import inf
+
+import torch
+from torch import Tensor, nn
+
+from ..network.observation import eval_mode, hooked
+from ..network.quantizer import Quantizer, integer_range
+from ..network.supernet import Supernet, check_supernet
+
+SHARES = torch.logspace(-2, 0, 41)  # of the largest step that is tried, 12% from one to the next
+SAMPLE = 2**16  # values that a layer reads, at most, for the step sizes of its activations
+
+
+def least_squares_step(rows: Tensor, bits: int, signed: bool) -> Tensor:
+    """The step of each row (R, N) with the least squared rounding error; shape (R,).
+
+    It is searched on a grid, from a hundredth of the step that clips no value up to that step. A
+    row of zeros gets the step 1.
+    """
+    q_min, q_max = integer_range(bits, signed)
+    largest = rows.amax(1) / q_max
+    if signed:
+        largest = torch.maximum(largest, rows.amin(1) / q_min)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    best, least = largest, torch.full_like(largest, inf)
+    for share in SHARES.tolist():
+        step = share * largest
+        rounded = (rows / step[:, None]).round_().clamp_(q_min, q_max).mul_(step[:, None])
+        error = rounded.sub_(rows).square_().sum(1)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _sample_inputs(supernet: Supernet, images: Tensor, batch_size: int) -> dict[Quantizer, Tensor]:
+    """Values that each activation quantizer reads in float mode, at most about SAMPLE a quantizer.
+
+    They are drawn at random, equally many from each batch.
+    """
+    layers = {n: layer for n, layer in supernet.layers.items() if layer.act_quantizer is not None}
+    found: dict[Quantizer, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)
+    batches = images.split(batch_size)
+
+    def keep(quantizer: Quantizer, _: nn.Module, args: tuple) -> None:
+        values = args[0].flatten()
+        count = min(len(values), SAMPLE // len(batches))
+        chosen = torch.randint(len(values), (count,), generator=generator)
+        found.setdefault(quantizer, []).append(values[chosen.to(values.device)])
+
+    handles = [
+        layer.register_forward_pre_hook(partial(keep, layer.act_quantizer))
+        for layer in layers.values()
+    ]
+    with hooked(handles):
+        for x in batches:
+            supernet(x)
+    return {quantizer: torch.cat(parts) for quantizer, parts in found.items()}
+
+
+@torch.no_grad()
+def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
+    """Sets all step sizes to those with the least squared rounding error.
+
+    Of weights by the weights themselves, of activations by what the layers read of `images`
+    (N, C, H, W) in float mode. Raises ValueError for another model and without images.
+    """
+    check_supernet("supernet", supernet)
+    if not len(images):
+        raise ValueError("images is empty: step sizes of activations need some")
+    with eval_mode(supernet):
+        read = _sample_inputs(supernet, images, batch_size)
+    for layer in supernet.layers.values():
+        quantizer, weight = layer.weight_quantizer, layer.op.weight
+        if isinstance(quantizer, Quantizer):  # weights of two or three values have no step
+            rows = weight.flatten(1) if quantizer.per_channel else weight.reshape(1, -1)
+            _set_steps(quantizer, rows)
+    for quantizer, values in read.items():
+        _set_steps(quantizer, values[None])
+
+
+def _set_steps(quantizer: Quantizer, rows: Tensor) -> None:
+    """Fits the steps at each bit-width to `rows` (R, N): one row, or one for each channel."""
+    for steps, bits in zip(quantizer.steps, quantizer.bits, strict=True):
+        steps.copy_(least_squares_step(rows, bits, quantizer.signed).reshape(steps.shape))
