@@ -323,3 +323,24 @@ def test_step_gradient_is_exact_for_a_bfloat16_tensor():
         found[dtype] = x_hat, step.grad, x.grad.float()
     for exact, half in zip(*found.values(), strict=True):
         torch.testing.assert_close(half, exact)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (4, 1, 3, 3), (6, 7)])
+def test_each_channel_is_quantized_by_its_own_step(shape, scaled):
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64) * torch.rand(shape[0]).double().reshape(
+        -1, *[1] * (len(shape) - 1)
+    )
+    quantizer = Quantizer((2, 4), weight, True, nested_step, scaled, per_channel=True)
+    for bits in (2, 4):
+        latent, upstream = weight.clone().requires_grad_(), torch.randn_like(weight)
+        x_hat = quantize(quantizer, latent, bits)
+        grad_x, grad_steps = torch.autograd.grad(x_hat, (latent, quantizer.steps), upstream)
+        for i, row in enumerate(weight):
+            step = float(nested_step(row, bits))
+            assert float(quantizer.step(bits)[i]) == pytest.approx(step, rel=1e-12)
+            expected = run_lsq(row, step, bits, True, upstream[i], scaled)
+            own = x_hat[i], grad_x[i], grad_steps[(2, 4).index(bits), i].squeeze()
+            for found, wanted in zip(own, expected, strict=True):
+                assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,194 @@
+"""Measures of related work against naive computations."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TinyNet, images
+from torch import nn
+
+from mpqlib.network.bits import BitConfig, largest, smallest
+from mpqlib.network.cost import bitops
+from mpqlib.network.supernet import Supernet
+from mpqlib.search.assignment import solve
+from mpqlib.search.proxies import (
+    hessian_table,
+    hessian_traces,
+    lower_by_list,
+    noise_error,
+    noise_to_signal,
+    orthogonality_table,
+    rate_bits,
+    similarities,
+)
+from mpqlib.search.sensitivity import measure_sensitivity
+
+
+class Smooth(nn.Module):
+    """Two layers without a ReLU's kinks, small enough for a whole Hessian."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.middle, self.last = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 3, 2), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.last(self.middle(self.conv(x).tanh()).tanh().mean((2, 3)))
+
+
+@pytest.fixture
+def smooth() -> Supernet:
+    torch.manual_seed(0)
+    return Supernet(Smooth().double(), images(8).tensors[0].double(), (2, 3, 4), edge_bits=None)
+
+
+def test_noise_is_that_of_the_outputs(supernet):
+    x = images(16).tensors[0]
+    supernet.eval()
+    for norm in supernet.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.track_running_stats = False  # statistics of the batch
+    config = supernet.uniform(2)
+    with torch.no_grad():
+        target, outputs = supernet(x), supernet(x, config)
+    power = sum(float(v) ** 2 for v in target.flatten())
+    noise = sum(float(a - b) ** 2 for a, b in zip(outputs.flatten(), target.flatten(), strict=True))
+    assert float(noise_to_signal(outputs, target)) == pytest.approx(noise / power, rel=1e-4)
+    for norm in supernet.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.track_running_stats = True
+    assert noise_error(supernet, x)(config) == pytest.approx(noise / power, rel=1e-3)
+
+
+def test_the_list_lowers_the_least_noise_first(supernet):
+    table = measure_sensitivity(
+        supernet, noise_error(supernet, images(16).tensors[0]), largest(supernet.candidates)
+    )
+    low = bitops(supernet.table, smallest(supernet.candidates))
+    high = bitops(supernet.table, table.base)
+    assert lower_by_list(supernet, table, high) == table.base
+    assert lower_by_list(supernet, table, low) == smallest(supernet.candidates)
+    for share in (0.2, 0.5, 0.8):
+        budget = low + share * (high - low)
+        found = lower_by_list(supernet, table, budget)
+        # By hand: all changes in the order of their noise, until the budget holds
+        bits = {name: list(pair) for name, pair in table.base.items()}
+        for ((name, part, _, after, _),), _ in sorted(table.errors.items(), key=lambda e: e[1]):
+            now = BitConfig.of(bits)
+            if bitops(supernet.table, now) <= budget:
+                break
+            place = ("weight", "act").index(part)
+            bits[name][place] = min(bits[name][place], after)
+        assert found == BitConfig.of(bits)
+        assert bitops(supernet.table, found) <= budget
+    with pytest.raises(ValueError, match="budget="):
+        lower_by_list(supernet, table, low - 1)
+
+
+def test_a_table_of_ratings_predicts_their_sum(supernet):
+    def rating(name, part, bits):
+        return len(name) * (part == "weight") / bits + 1 / bits**2
+
+    table = rate_bits(supernet, rating)
+    table.check(supernet)
+    for config in (supernet.uniform(2), supernet.uniform(3), largest(supernet.candidates)):
+        total = sum(rating(n, "weight", w) + rating(n, "act", a) for n, (w, a) in config.items())
+        assert table.predict(config) == pytest.approx(total)
+
+
+def test_traces_are_those_of_the_whole_hessian(smooth):
+    x, y = (t[:6] for t in images(8).tensors)
+    x = x.double()
+    expected = {}
+    for name, layer in smooth.layers.items():
+        weight = layer.op.weight
+
+        def loss(w, op=layer.op):
+            kept = op._parameters.pop("weight")
+            op.weight = w
+            try:
+                return F.cross_entropy(smooth(x), y)
+            finally:
+                del op.weight
+                op._parameters["weight"] = kept
+
+        hessian = torch.autograd.functional.hessian(loss, weight.detach())
+        count = weight.numel()
+        expected[name] = float(hessian.reshape(count, count).trace())
+    runs = [hessian_traces(smooth, x, y, 400, seed=s, batch_size=b) for s, b in ((0, 6), (1, 4))]
+    for name, trace in expected.items():
+        for found in runs:
+            assert found[name] == pytest.approx(trace, rel=0.1, abs=0.02)
+    assert hessian_traces(smooth, x, y, 2) == hessian_traces(smooth, x, y, 2)
+    assert all(p.grad is None for p in smooth.parameters())
+
+
+def test_the_hessian_table_rates_rounding_errors_of_weights(smooth):
+    x, y = images(8).tensors
+    traces = hessian_traces(smooth, x.double(), y, 4)
+    table = hessian_table(smooth, x.double(), y, 4)
+    for (move,), _ in table.errors.items():
+        if move.part == "act":
+            assert table.change(move) == 0
+            continue
+        weight = smooth.layers[move.layer].op.weight
+        quantizer = smooth.layers[move.layer].weight_quantizer
+
+        def error(bits, w=weight, q=quantizer):
+            return float((q(w, q.position(bits)) - w).square().sum())
+
+        change = (error(move.after) - error(move.before)) * max(traces[move.layer], 0)
+        assert table.change(move) == pytest.approx(change / weight.numel(), abs=1e-12)
+    config = solve(smooth, table, bitops(smooth.table, smooth.uniform(3)), equal_bits=True)
+    assert all(w == a or len(smooth.candidates[n].act) == 1 for n, (w, a) in config.items())
+
+
+def naive_similarity(f, g):
+    """<F F', G G'> / (|F F'| |G G'|) of matrices with centred columns, number by number."""
+    f, g = f.flatten(1) - f.flatten(1).mean(0), g.flatten(1) - g.flatten(1).mean(0)
+    n = len(f)
+    a = [[float(f[i] @ f[j]) for j in range(n)] for i in range(n)]
+    b = [[float(g[i] @ g[j]) for j in range(n)] for i in range(n)]
+    dot = sum(a[i][j] * b[i][j] for i in range(n) for j in range(n))
+    sizes = (math.sqrt(sum(v * v for row in m for v in row)) for m in (a, b))
+    return dot / math.prod(sizes)
+
+
+def test_similarities_and_worth_of_bits(smooth):
+    x = images(6).tensors[0].double()
+    outputs = []
+    handles = [
+        layer.op.register_forward_hook(lambda m, a, y: outputs.append(y.detach()))
+        for layer in smooth.layers.values()
+    ]
+    smooth(x)
+    for handle in handles:
+        handle.remove()
+    found = similarities(smooth, x)
+    for i, f in enumerate(outputs):
+        for j, g in enumerate(outputs):
+            assert float(found[i, j]) == pytest.approx(naive_similarity(f, g), rel=1e-6)
+    beta = 2.0
+    gamma = [sum(float(found[i, j]) for j in range(3) if j != i) for i in range(3)]
+    theta = [math.exp(-beta * value) for value in gamma]
+    worth = [sum(theta[i:]) / (3 - i) for i in range(3)]
+    table = orthogonality_table(smooth, x, beta)
+    names = list(smooth.layers)
+    changes = {
+        name: table.change(next(m for (m,) in table.errors if m[:2] == (name, "weight")))
+        for name in names
+    }
+    for name, value in zip(names, worth, strict=True):
+        move = next(m for (m,) in table.errors if m[:2] == (name, "weight"))
+        ratio = table.change(move) / changes[names[0]]
+        assert ratio == pytest.approx(value / worth[0], rel=1e-6)
+        assert table.change(move) > 0  # fewer bits are worth less
+
+
+def test_measures_run_on_a_network_with_norms(supernet):
+    x, y = images(12).tensors
+    for table in (hessian_table(supernet, x, y, 2), orthogonality_table(supernet, x)):
+        budget = bitops(supernet.table, supernet.uniform(3))
+        config = solve(supernet, table, budget, equal_bits=True)
+        assert bitops(supernet.table, config) <= budget
+    assert isinstance(TinyNet(), nn.Module)

@@ -1,0 +1,161 @@
+"""Step sizes with the least rounding error, and corrected means, against naive computations."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TinyNet, images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpqlib.network.supernet import Supernet
+from mpqlib.training.calibration import fit_steps, least_squares_step
+from mpqlib.training.evaluation import (
+    batch_norms,
+    copy_statistics,
+    correct_means,
+    evaluate,
+    recalibrate,
+)
+
+
+def rounding_error(row, step, low, high):
+    return float((step * (row / step).round().clamp(low, high) - row).square().sum())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 8), st.booleans(), st.floats(1e-3, 1e3))
+def test_no_step_on_a_finer_grid_is_much_better(seed, bits, signed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(3, 1000, generator=generator, dtype=torch.float64) * scale
+    rows = rows if signed else rows.abs()
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    for row, step in zip(rows, least_squares_step(rows, bits, signed), strict=True):
+        no_clip = max(float(row.max()) / high, float(row.min()) / low if low else 0.0)
+        finer = [no_clip * i / 400 for i in range(1, 401)]
+        best = min(rounding_error(row, s, low, high) for s in finer)
+        assert 0 < step <= no_clip * (1 + 1e-12)
+        assert rounding_error(row, float(step), low, high) <= 1.05 * best
+
+
+def test_a_row_of_zeros_gets_the_step_one():
+    rows = torch.stack([torch.zeros(4), torch.ones(4)])
+    assert least_squares_step(rows, 4, True)[0] == 1
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_fitted_steps_round_weights_and_activations_better(granularity):
+    torch.manual_seed(0)
+    x = images(32).tensors[0]
+    supernet = Supernet(TinyNet(), x, (2, 3, 4), granularity=granularity, weight_steps="lsq")
+    before = copy.deepcopy(supernet.state_dict())
+    read = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args, n=name: read.update({n: args[0].clone()}))
+        for name, layer in supernet.layers.items()
+    ]
+    supernet.eval()(x)
+    for handle in handles:
+        handle.remove()
+
+    def error():
+        total = []
+        with torch.no_grad():
+            for name, layer in supernet.layers.items():
+                weights = layer.weight_quantizer
+                for b in weights.bits:
+                    w = layer.op.weight
+                    total.append((weights(w, weights.position(b)) - w).square().sum())
+                if layer.act_quantizer is not None:
+                    for b in layer.act_quantizer.bits:
+                        q = layer.act_quantizer
+                        v = read[name]
+                        total.append((q(v, q.position(b)) - v).square().sum())
+        return torch.stack(total)
+
+    first = error()
+    fit_steps(supernet, x)
+    assert (error() <= 1.02 * first).all() and error().sum() < 0.9 * first.sum()
+    changed = [n for n, v in supernet.state_dict().items() if not torch.equal(v, before[n])]
+    assert changed and all(n.endswith("quantizer.steps") for n in changed)
+    again = copy.deepcopy(supernet.state_dict())
+    fit_steps(supernet, x)
+    assert all(torch.equal(v, again[n]) for n, v in supernet.state_dict().items())
+
+
+def test_steps_need_images_and_a_supernet():
+    with pytest.raises(ValueError, match="supernet is a TinyNet"):
+        fit_steps(TinyNet(), images(4).tensors[0])
+    supernet = Supernet(TinyNet(), images(8).tensors[0], (2, 4))
+    with pytest.raises(ValueError, match="images is empty"):
+        fit_steps(supernet, images(8).tensors[0][:0])
+
+
+def means_of_outputs(supernet, x, config):
+    """Mean of each channel of each convolution's output."""
+    found = {}
+    handles = [
+        layer.op.register_forward_hook(
+            lambda m, a, y, n=name: found.update({n: y.mean((0, 2, 3))}) if y.dim() == 4 else None
+        )
+        for name, layer in supernet.layers.items()
+    ]
+    with torch.no_grad():
+        supernet(x, config)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_corrected_means_give_each_norm_the_mean_output_of_float_mode():
+    torch.manual_seed(0)
+    dataset = images(64)
+    network = TinyNet().eval()
+    for module in network.modules():  # statistics that are those of no batch
+        if hasattr(module, "running_mean") and module.running_mean is not None:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    x = dataset.tensors[0]
+    supernet = Supernet(network, x, (2, 3, 4)).eval()
+    config = supernet.uniform(2)
+    in_float = means_of_outputs(supernet, x, None)
+    correct_means(supernet, x, config)
+    quantized = means_of_outputs(supernet, x, config)
+    moved = 0
+    for name, layer in supernet.layers.items():
+        if getattr(layer, "bank", None) is None:
+            continue
+        row = layer.row(config[name])
+        after = quantized[name] - layer.bank.running_mean[row]  # what the norm scales
+        before = in_float[name] - layer.norm.running_mean
+        assert torch.allclose(after, before, atol=1e-5)
+        assert torch.equal(layer.bank.running_var[row], layer.norm.running_var)
+        moved += float((layer.bank.running_mean[row] - layer.norm.running_mean).abs().sum())
+    assert moved > 0.1
+    evaluate(supernet, dataset, config)  # the statistics belong to `config`
+    other = config.replace("pointwise", (3, 2))
+    supernet(x, other)
+    evaluate(supernet, dataset, supernet.uniform(3), calibration=dataset)
+    with pytest.raises(ValueError, match="hold statistics of another configuration"):
+        evaluate(supernet, dataset, config)
+
+
+def test_statistics_of_float_mode_can_be_taken_back():
+    torch.manual_seed(0)
+    dataset = images(64)
+    supernet = Supernet(TinyNet().eval(), dataset.tensors[0], (2, 4)).eval()
+    config = supernet.uniform(2)
+    first = evaluate(supernet, dataset, config)
+    recalibrate(supernet, dataset, config)
+    assert evaluate(supernet, dataset, config).loss != first.loss
+    copy_statistics(supernet, config)
+    assert evaluate(supernet, dataset, config).loss == first.loss
+    assert batch_norms(supernet)
+
+
+def test_means_of_outputs_that_are_not_finite_are_named():
+    supernet = Supernet(TinyNet().eval(), images(8).tensors[0], (2, 4)).eval()
+    x = images(8).tensors[0].clone()
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"outputs of .* are not finite"):
+        correct_means(supernet, x, supernet.uniform(2))
