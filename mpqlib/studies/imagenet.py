@@ -287,11 +287,23 @@ class Calibrated:
         return remembered(self.folder / f"{name}.json", told, compute)
 
 
+def check_pairs(settings: Sequence[Sequence[str]]) -> None:
+    """Raises ValueError unless `settings` holds pairs of a granularity and one of NORMS."""
+    for pair in settings if isinstance(settings, (list, tuple)) else [settings]:
+        right = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not right or pair[0] not in GRANULARITIES or pair[1] not in NORMS:
+            raise ValueError(
+                f"settings={settings!r} is not allowed: pairs of one of {GRANULARITIES} and one of "
+                f"{NORMS}"
+            )
+
+
 def measure_settings(subject: Calibrated, settings: Sequence[Sequence[str]]) -> list[dict]:
     """Accuracy in float and with uniform bits: one row per setting and bits.
 
-    `settings`: pairs of a granularity of weights and one of NORMS.
+    `settings`: pairs of a granularity of weights and one of NORMS. Raises ValueError for others.
     """
+    check_pairs(settings)
     rows = []
     for granularity in dict.fromkeys(granularity for granularity, _ in settings):
         supernet = subject.prepare(granularity)

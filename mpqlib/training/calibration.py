@@ -30,7 +30,7 @@ def least_squares_step(rows: Tensor, bits: int, signed: bool) -> Tensor:
         step = share * largest
         rounded = (rows / step[:, None]).round_().clamp_(q_min, q_max).mul_(step[:, None])
         error = rounded.sub_(rows).square_().sum(1)
-        best = torch.where(error < least, step, best)
+        best = torch.where(error <= least, step, best)
         least = torch.minimum(error, least)
     return best
 
