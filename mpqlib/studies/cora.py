@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ from ..training.evaluation import decoded, evaluate
 from ..training.loop import TrainConfig, train
 from .adapters import FLOAT_BITS, GRANULARITIES, convolutions
 from .command import check_seeds, check_training
-from .ranks import check_options, cora
+from .ranks import check_cora_options, cora
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -93,18 +93,18 @@ class AdapterSetting:
             given = getattr(self, name)
             if len(check_bits(name, given)) < len(given) or not isinstance(given, list):
                 raise ValueError(f"{name}={given!r} is not allowed: a list, none may stand twice")
-        check_options(budget=self.budget)
+        check_cora_options(budget=self.budget)
         _check_names("recovery", self.recovery, ("granularity", "recalibrate"))
         for name, values in self.recovery.items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"recovery[{name!r}]={values!r} is not allowed: a list of values")
             for value in values:
-                check_options(**{name: value})
+                check_cora_options(**{name: value})
         _check_names("options", self.options, WEIGHT_OPTIONS)
-        check_options(**self.options)
+        check_cora_options(**self.options)
         if self.search is not None:
             _check_names("search", self.search, SEARCH_OPTIONS)
-            check_options(**self.search)
+            check_cora_options(**self.search)
             check_count("search['iterations']", self.search.get("iterations"), 1)
         _check_names("equal_bits", self.equal_bits, SIZE_STUDIES)
         for name, size in self.equal_bits.items():
@@ -117,7 +117,7 @@ class AdapterSetting:
     def _check_mixed(self, size: int) -> None:
         """Raises ValueError unless bits, equal or mixed, and adapters fit into `size`."""
         fewest = min(self.candidates) + 8 * self.budget
-        if not 3 <= size <= 16 or size != int(size) or size < fewest:
+        if not isinstance(size, Integral) or not max(3, fewest) <= size <= 16:
             raise ValueError(
                 f"equal_bits['mixed']={size!r} is not allowed: a whole number from 3 to 16, at "
                 f"least {fewest:g}, which the fewest candidates need with adapters of 8 bits"

@@ -138,7 +138,7 @@ def fit_ranks(
     return ranks
 
 
-def check_options(**options: object) -> None:
+def check_cora_options(**options: object) -> None:
     """Raises ValueError for the value of an option of `cora` that is not allowed."""
     for name, value in options.items():
         if name in LEAST_COUNTS:
@@ -292,7 +292,7 @@ def cora(
     how = dict(iterations=iterations, batch_size=batch_size, lr=lr, clip=clip, gamma=gamma)
     options = dict(budget=budget, granularity=granularity, deviations=deviations, start=start)
     options |= dict(adapter_bits=adapter_bits, order=order, seed=seed)
-    check_options(**options, **how, teacher=teacher, recalibrate=recalibrate)
+    check_cora_options(**options, **how, teacher=teacher, recalibrate=recalibrate)
     adapter_bits, device = int(adapter_bits), select_device(device)
     check_convolutions(network)
     images, targets = (tensor.to(device) for tensor in _read_images(calibration))
