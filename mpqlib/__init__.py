@@ -11,6 +11,7 @@ from .search.assignment import assignment, front, quick_table
 from .search.error import batch_error
 from .search.greedy import greedy
 from .search.sensitivity import Sensitivity, measure_sensitivity
+from .studies.adapters import load_adapted, save_adapted
 from .studies.ranks import cora
 from .training.calibration import fit_steps
 from .training.evaluation import correct_means, decoded, evaluate, recalibrate, select_device
@@ -36,6 +37,7 @@ __all__ = [
     "front",
     "greedy",
     "largest",
+    "load_adapted",
     "load_policy",
     "load_weights",
     "measure_sensitivity",
@@ -48,6 +50,7 @@ __all__ = [
     "remembered",
     "runs",
     "sample",
+    "save_adapted",
     "save_policy",
     "save_weights",
     "select_device",

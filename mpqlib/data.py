@@ -606,7 +606,7 @@ def load(
     Raises TypeError or ValueError for a value that is not allowed or data that do not fit, and
     FileNotFoundError for missing data. Warns of classes without a training image.
     """
-    if name not in DATASETS:
+    if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"name={name!r} is not a data set: one of {list(DATASETS)}")
     _check("search_share", search_share, Real, "between 0 and 1", lambda v: 0 < v < 1)
     _check("seed", seed, Integral, "a whole number from 0", lambda v: v >= 0)

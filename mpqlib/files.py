@@ -226,13 +226,22 @@ def _with_tensors(value: object, tensors: Mapping[str, Tensor]) -> object:
     return {k: _with_tensors(v, tensors) for k, v in content}
 
 
-def save_weights(path: Path, model: nn.Module, about: Mapping) -> str:
+def save_weights(path: Path, model: nn.Module, about: Mapping, kind: str = "weights") -> str:
     """Writes a model's tensors and `about` as a safetensors file; returns the file's SHA-256.
 
-    `about`: stored as `plain` makes it. A tensor that several modules share is stored once for
-    each. The file also carries a hash of its content, which `load_weights` checks.
+    `about`: stored as `plain` makes it. `kind`: what the file holds, in words; `load_weights` reads
+    "weights" alone. A tensor that several modules share is stored once for each. The file also
+    carries a hash of its content, which is checked when it is read.
     """
-    return _write(path, "weights", model.state_dict(), plain(dict(about), "about"))
+    return _write(path, kind, model.state_dict(), plain(dict(about), "about"))
+
+
+def read_weights(path: Path, kind: str = "weights") -> tuple[dict[str, Tensor], dict]:
+    """The tensors by name and the `about` that `save_weights` wrote as this `kind`.
+
+    Raises ValueError if the file is damaged or holds something else.
+    """
+    return _read(path, kind, "get it again, or save it again")
 
 
 def load_weights(path: Path, model: nn.Module) -> dict:
@@ -241,7 +250,7 @@ def load_weights(path: Path, model: nn.Module) -> dict:
     Raises ValueError if the file is damaged, was not written by `save_weights` or does not fit the
     model. The model is then unchanged.
     """
-    tensors, about = _read(path, "weights", "get it again, or save it again")
+    tensors, about = read_weights(path)
     set_tensors(model, tensors, path)
     return about
 

@@ -60,8 +60,11 @@ def check_weight_bits(name: str, bits: Iterable[float]) -> tuple[float, ...]:
     these must be the only candidate.
     """
     alone = list(bits) if isinstance(bits, Iterable) and not isinstance(bits, str) else []
-    if len(alone) == 1 and alone[0] in FEW_VALUES and not isinstance(alone[0], bool):
-        return (BINARY,) if alone[0] == BINARY else (TERNARY,)
+    one = alone[0] if len(alone) == 1 else None
+    if one == TERNARY:
+        return (TERNARY,)
+    if one == BINARY and isinstance(one, Integral) and not isinstance(one, bool):
+        return (BINARY,)
     try:
         return check_bits(name, bits)
     except ValueError as error:

@@ -206,7 +206,8 @@ class Supernet(nn.Module):
         self.table = _layer_table(model, {n: candidates(n) for n in seen}, seen, len(example))
         if tie_inputs:
             self.table = _tie_inputs(self.table, structure, seen, untied=self.first)
-        self.float_parts = _float_parts(rest, self.table, len(example))
+        counted = sum(info.macs for info in self.table)
+        self.float_parts = list_float_parts(rest, counted, len(example))
         # Nothing has changed the model so far.
         self.model = model
         replacement = _Replacement(model)
@@ -220,7 +221,7 @@ class Supernet(nn.Module):
         self.set_bits(None)
         self.train(model.training)
         if self.float_parts:
-            _warn_about(self.float_parts)
+            warn_about_float_parts(self.float_parts)
 
     def _replace_layers(
         self,
@@ -361,17 +362,20 @@ def _tie_inputs(
     return tied
 
 
-def _float_parts(
-    rest: Mapping[str, int], table: Iterable[LayerInfo], images: int
-) -> list[FloatPart]:
-    """Float parts from their MACs over all images, the largest first."""
+def list_float_parts(rest: Mapping[str, int], counted: int, images: int) -> list[FloatPart]:
+    """Float parts, the largest first.
+
+    `rest`: their MACs over all `images`, from `observe`. `counted`: MACs of all other layers, per
+    image.
+    """
     macs = {name: _per_image(count, images) for name, count in rest.items()}
-    total = sum(macs.values()) + sum(info.macs for info in table)
+    total = sum(macs.values()) + counted
     parts = [FloatPart(name, count, count / total) for name, count in macs.items()]
     return sorted(parts, key=lambda part: -part.macs)
 
 
-def _warn_about(parts: list[FloatPart], named: int = 5) -> None:
+def warn_about_float_parts(parts: list[FloatPart], named: int = 5) -> None:
+    """Warns of float parts: the first `named` of them by name, all with their share of the MACs."""
     listed = ", ".join(f"{part.name} {part.share:.1%}" for part in parts[:named])
     more = f" and {len(parts) - named} more (see float_parts)" if len(parts) > named else ""
     warnings.warn(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from math import inf
 from numbers import Real
+from sys import float_info
 
 import torch
 from torch import nn
@@ -26,9 +27,15 @@ def inner_layers(network: nn.Module) -> list[str]:
 def weight_bytes(network: nn.Module, bits: Mapping[str, float], edge_bits: float) -> float:
     """Size in bytes of the weights of convolutions and linear layers, as `cost.model_size` counts.
 
-    `bits`: of the weights of layers by name; all others have `edge_bits`.
+    `bits`: of the weights of layers by name; all others have `edge_bits`. Raises ValueError for
+    names of no layer, and for bits that are not numbers above 0.
     """
     layers = {n: m for n, m in network.named_modules() if isinstance(m, LAYERS)}
+    if unknown := [name for name in bits if name not in layers]:
+        raise ValueError(f"bits name no layer: {unknown}")
+    for name, value in {"edge_bits": edge_bits, **bits}.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < inf:
+            raise ValueError(f"bits of {name!r} are {value!r}: a number above 0 is needed")
     return sum(m.weight.numel() * bits.get(n, edge_bits) for n, m in layers.items()) / 8
 
 
@@ -41,7 +48,7 @@ def nearest_width(
     `weight_bytes`. Channels are whole numbers, so the sizes that a network can have are steps.
     Raises ValueError if `size` lies outside the widths from NARROWEST to WIDEST.
     """
-    if not isinstance(size, Real) or not 0 < size < inf:
+    if not isinstance(size, Real) or isinstance(size, bool) or not 0 < size <= float_info.max:
         raise ValueError(f"size={size!r} is not allowed: bytes, a number above 0")
 
     def bytes_at(width: float) -> float:

@@ -8,18 +8,21 @@ away, W - Q(W). One formula serves ordinary, grouped and depth-wise convolutions
 import copy
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..files import read_weights, save_weights, set_tensors
 from ..network.bits import Bits, Candidates, check_bits
 from ..network.cost import bitops, model_size
 from ..network.observation import hooked, observe
-from ..network.supernet import LayerInfo
+from ..network.supernet import LayerInfo, list_float_parts, warn_about_float_parts
 
 GRANULARITIES = ("tensor", "channel")
 FLOAT_BITS = 32  # of activations, and of a convolution that stays in float
+FILE_KIND = "an adapted network"  # of the files that `save_adapted` writes
 
 
 def round_to_grid(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -219,6 +222,10 @@ class Adapted(nn.Module):
     `example`: an image (1, C, H, W), to count operations. `bits`: of the weights, by name of the
     convolution or one number; FLOAT_BITS leave a convolution in float. `granularity`,
     `deviations`: as in `quantize_weight`. `adapter_bits`: that adapters are stored in.
+
+    Attribute `float_parts`: all that multiplies beside Conv2d and Linear, such as Conv1d, Conv3d,
+    transposed convolutions and attention. These stay in float and have no part in `cost`; a
+    UserWarning names them and their share of the MACs.
     Raises ValueError as `check_convolutions`, `bits_by_name` and `observe` do.
     """
 
@@ -234,9 +241,13 @@ class Adapted(nn.Module):
         super().__init__()
         convs = check_convolutions(network)
         bits = bits_by_name(convs, bits)
-        seen, _ = observe(network, example[:1], convs)
+        seen, rest = observe(network, example[:1], convs)
         self.macs = {name: seen[name].macs for name in convs}  # of one image
-        self.adapter_bits = adapter_bits
+        linear = {name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+        parts = list_float_parts(rest, sum(self.macs.values()), images=1)
+        self.float_parts = [p for p in parts if p.name.rpartition(" (")[0] not in linear]
+        self.input_shape = tuple(example.shape[1:])  # (C, H, W)
+        self.granularity, self.adapter_bits = granularity, adapter_bits
         self.network = network.requires_grad_(False)
         made = {
             conv: AdaptedConv2d(conv, bits[name], granularity, deviations)
@@ -247,6 +258,8 @@ class Adapted(nn.Module):
                 parent._modules[name] = made.get(child, child)
         self.eval()
         self._check_calls(example[:1], {name: len(seen[name].inputs) for name in convs})
+        if self.float_parts:
+            warn_about_float_parts(self.float_parts)
 
     @torch.no_grad()
     def _check_calls(self, example: Tensor, expected: Mapping[str, int]) -> None:
@@ -290,7 +303,8 @@ class Adapted(nn.Module):
 
         `added_percent`: weights in adapters, in % of those in convolutions. `size_mb`: MB.
         `equivalent_bits`: all bits per weight of the convolutions (CoRa). `bitops_g`: G per image,
-        with activations in FLOAT_BITS. Scales and zero points are not counted.
+        with activations in FLOAT_BITS. Linear layers and `float_parts` are not counted. Neither are
+        scales and zero points, one pair for each range.
         """
         table, bits = [], {}
 
@@ -314,3 +328,44 @@ class Adapted(nn.Module):
             "equivalent_bits": 8 * size / self.weights,
             "bitops_g": bitops(table, bits) / 1e9,
         }
+
+
+def save_adapted(path: str | Path, adapted: Adapted) -> str:
+    """Writes an adapted network as a safetensors file; returns the file's SHA-256.
+
+    Tensors are stored in float, so the file is larger than `Adapted.cost` says. It also holds the
+    bits and the rank of each convolution, which `load_adapted` needs. Raises ValueError within a
+    search, when adapters are cut softly.
+    """
+    convs = adapted.convs
+    if soft := [name for name, conv in convs.items() if conv.order is not None]:
+        raise ValueError(f"the adapter of {soft[0]!r} is cut softly: call its set_rank first")
+    about = dict(
+        bits={name: conv.bits for name, conv in convs.items()},
+        ranks=adapted.ranks,
+        granularity=adapted.granularity,
+        adapter_bits=adapted.adapter_bits,
+        input_shape=adapted.input_shape,
+    )
+    return save_weights(Path(path), adapted, about, FILE_KIND)
+
+
+def load_adapted(path: str | Path, network: nn.Module) -> Adapted:
+    """The adapted network that `save_adapted` wrote, in eval mode. Nothing in the file is executed.
+
+    `network`: a float network of the same build, with any weights; it stays as it is. Bits and
+    ranks come from the file. Raises ValueError if the file is damaged or is no adapted network, or
+    if the network does not fit it.
+    """
+    tensors, about = read_weights(Path(path), FILE_KIND)
+    copied = copy.deepcopy(network).eval()
+    example = next(copied.parameters()).new_zeros(1, *about["input_shape"])
+    how = dict(granularity=about["granularity"], adapter_bits=about["adapter_bits"])
+    try:
+        adapted = Adapted(copied, example, about["bits"], **how)
+        for name, conv in adapted.convs.items():
+            conv.set_rank(about["ranks"][name], adapted.adapter_bits)
+        set_tensors(adapted, tensors, path)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"the network does not fit {path}: {error}") from error
+    return adapted

@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,35 @@ from ..data import Splits
 from ..files import remembered, save_json
 from ..report.runs import Stopwatch
 from ..training.evaluation import select_device
-from ..training.loop import Run
+from ..training.loop import RANGES, Run, TrainConfig
 from .processes import Deadline, OutOfTime, Team
 
 TIMED_STEPS = 20
+LARGEST_SEED = RANGES["seed"][1]
+
+
+def check_seeds(seeds: list[int]) -> None:
+    """Raises ValueError unless `seeds` is a list of whole numbers from 0, each of them once."""
+    whole = isinstance(seeds, list) and all(
+        type(s) is int and 0 <= s <= LARGEST_SEED for s in seeds
+    )
+    if not whole or not seeds:
+        raise ValueError(f"seeds={seeds!r} is not allowed: a list of whole numbers from 0")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds!r} is not allowed: none may stand twice")
+
+
+def check_training(name: str, options: Mapping, own: Sequence[str]) -> None:
+    """Raises ValueError unless `options`, the parameter `name`, are options of TrainConfig by name.
+
+    `own`: names of those that the study sets itself.
+    """
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{name}={options!r} is not allowed: options of TrainConfig by name")
+    known = [field.name for field in fields(TrainConfig) if field.name not in own]
+    if wrong := [key for key in options if key not in known]:
+        raise ValueError(f"{name}={options!r}: {wrong[0]!r} is not allowed: one of {known}")
+    TrainConfig(**options)
 
 
 def load_splits(setting: Any, root: str | Path, device: str | torch.device) -> Splits:
@@ -92,15 +117,11 @@ class Command:
         if given.processes < 1 or (given.minutes is not None and not given.minutes > 0):
             parser.error("--processes starts at 1, --minutes must be above 0")
         profile = yaml.safe_load(given.profile.read_text())
-        if not isinstance(profile, dict) or not isinstance(profile.get("seeds"), list):
+        if not isinstance(profile, dict) or "seeds" not in profile:
             raise ValueError(
                 f"{given.profile} is no profile: fields of {setting.__name__} and a list of seeds"
             )
-        seeds = profile["seeds"]
-        if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds):
-            raise ValueError(f"seeds={seeds} in {given.profile}: whole numbers from 0 are needed")
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds={seeds} in {given.profile}: none may stand twice")
+        check_seeds(profile["seeds"])
         output = profile.pop("output_dir", None)
         seeds, most = profile.pop("seeds"), profile.pop("most_epochs", None)
         root = profile.pop("data_root", "data")

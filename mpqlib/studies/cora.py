@@ -9,8 +9,11 @@ import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
+from math import inf
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,17 +26,19 @@ from torch.utils.data import Subset, TensorDataset
 
 from ..data import imagenet_val, load
 from ..models import create, preprocessing
-from ..network.bits import Candidates
+from ..network.bits import Candidates, check_bits
 from ..network.supernet import Supernet
 from ..report.intervals import t_interval, top1_interval
 from ..report.plots import ARM_COLOURS
 from ..report.tables import markdown_table, show_markdown
-from ..search.assignment import assignment
-from ..search.error import batch_error
+from ..search.assignment import quick_table, solve
+from ..search.error import batch_error, without_nan
+from ..search.limits import check_count
 from ..training.evaluation import decoded, evaluate
 from ..training.loop import TrainConfig, train
 from .adapters import FLOAT_BITS, GRANULARITIES, convolutions
-from .ranks import cora
+from .command import check_seeds, check_training
+from .ranks import check_cora_options, cora
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -46,6 +51,89 @@ TABLE_COLUMNS = {  # columns that the table shows: column -> head
     "bitops_g": "BitOPs (G)",
     "seconds": "time (s)",
 }
+
+
+# Options of `cora` that the studies do not set themselves: of the weights, and of the search
+WEIGHT_OPTIONS = ("granularity", "deviations", "recalibrate")
+SEARCH_OPTIONS = ("iterations", "batch_size", "lr", "clip", "gamma", "order", "start")
+SIZE_STUDIES = ("depth-wise", "mixed")
+# Settings without a meaning for PRETRAINED
+OF_TRAINING = ("image_size", "train_images", "calibration_images", "training")
+
+
+@dataclass(frozen=True)
+class AdapterSetting:
+    """Settings of the study, checked before anything is trained.
+
+    The notebook `10_cora` describes each. Raises ValueError for a value that is not allowed. Model,
+    data set, and the size and number of training images are checked by `load_subject`.
+    """
+
+    model: str
+    dataset: str
+    image_size: int
+    train_images: int | None
+    calibration_images: int
+    training: Mapping
+    bits: list[int]
+    budget: float
+    recovery: Mapping
+    options: Mapping
+    search: Mapping | None
+    equal_bits: Mapping
+    candidates: list[int]
+    policy_images: int
+    seeds: list[int]
+
+    def __post_init__(self):
+        for name in ("calibration_images", "policy_images"):
+            check_count(name, getattr(self, name), 1)
+        check_training("training", self.training, own=("seed",))
+        for name in ("bits", "candidates"):
+            given = getattr(self, name)
+            if len(check_bits(name, given)) < len(given) or not isinstance(given, list):
+                raise ValueError(f"{name}={given!r} is not allowed: a list, none may stand twice")
+        check_cora_options(budget=self.budget)
+        _check_names("recovery", self.recovery, ("granularity", "recalibrate"))
+        for name, values in self.recovery.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"recovery[{name!r}]={values!r} is not allowed: a list of values")
+            for value in values:
+                check_cora_options(**{name: value})
+        _check_names("options", self.options, WEIGHT_OPTIONS)
+        check_cora_options(**self.options)
+        if self.search is not None:
+            _check_names("search", self.search, SEARCH_OPTIONS)
+            check_cora_options(**self.search)
+            check_count("search['iterations']", self.search.get("iterations"), 1)
+        _check_names("equal_bits", self.equal_bits, SIZE_STUDIES)
+        for name, size in self.equal_bits.items():
+            if not isinstance(size, Real) or isinstance(size, bool) or not 0 < size < inf:
+                raise ValueError(f"equal_bits[{name!r}]={size!r} is not allowed: bits a weight")
+        if "mixed" in self.equal_bits:
+            self._check_mixed(self.equal_bits["mixed"])
+        check_seeds(self.seeds)
+
+    def _check_mixed(self, size: int) -> None:
+        """Raises ValueError unless bits, equal or mixed, and adapters fit into `size`."""
+        fewest = min(self.candidates) + 8 * self.budget
+        if not isinstance(size, Integral) or not max(3, fewest) <= size <= 16:
+            raise ValueError(
+                f"equal_bits['mixed']={size!r} is not allowed: a whole number from 3 to 16, at "
+                f"least {fewest:g}, which the fewest candidates need with adapters of 8 bits"
+            )
+
+    @property
+    def applied(self) -> dict:
+        """The settings by name; for PRETRAINED without those of training, which do not apply."""
+        skipped = OF_TRAINING if self.dataset == PRETRAINED else ()
+        return {name: value for name, value in asdict(self).items() if name not in skipped}
+
+
+def _check_names(name: str, options: Mapping, known: Sequence[str]) -> None:
+    """Raises ValueError unless `options`, the setting `name`, is a mapping of `known` names."""
+    if not isinstance(options, Mapping) or any(key not in known for key in options):
+        raise ValueError(f"{name}={options!r} is not allowed: a dict with keys of {list(known)}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +243,7 @@ def trials_at_size(
 
     `equal_bits`: equivalent bits, so all bits per weight of the convolutions. `arms`: options of
     `cora` by arm, with a mapping `bits`; a given `budget` stays as it is. Raises ValueError if the
-    weights of an arm alone are larger.
+    weights of an arm alone are larger, or if adapters would hold more weights than convolutions.
     """
     trials = []
     for arm, own in arms.items():
@@ -165,8 +253,13 @@ def trials_at_size(
                 f"equal_bits={equal_bits} is not allowed: the weights of {arm!r} take "
                 f"{equal_bits - left:.3f} bits"
             )
-        budget = dict(budget=max(0.0, left) / adapter_bits)
-        trials.append(Trial(study, arm, dict(options) | budget | own))
+        budget = dict(budget=max(0.0, left) / adapter_bits) | own
+        if budget["budget"] > 1:
+            raise ValueError(
+                f"equal_bits={equal_bits} is not allowed: it leaves {left:.3f} bits beside the "
+                f"weights of {arm!r}, and adapters take {adapter_bits} at most"
+            )
+        trials.append(Trial(study, arm, dict(options) | budget))
     return trials
 
 
@@ -194,12 +287,13 @@ def depthwise_arms(network: nn.Module, bits: int) -> dict[str, dict]:
 
 
 def assign_bits(
-    network: nn.Module, images: Tensor, labels: Tensor, mean: float, bits: Sequence[int]
-) -> dict[str, int]:
-    """Weight bits of each convolution, `mean` on average at most, by `assignment`.
+    network: nn.Module, images: Tensor, labels: Tensor, means: Sequence[float], bits: Sequence[int]
+) -> list[dict[str, int]]:
+    """Weight bits of each convolution for each of `means`: their largest mean, by `solve`.
 
-    An integer program on a table of sensitivities, measured on images (N, C, H, W) with labels (N)
-    in an untrained supernet. `bits`: candidates. All else has 16 bits. `network` is not changed.
+    An integer program on one table of sensitivities, measured on images (N, C, H, W) with labels
+    (N) in an untrained supernet. `bits`: candidates. All else has 16 bits. `network` is not
+    changed.
     """
     convs, wide = convolutions(network), Candidates((16,), (16,))
     linear = [name for name, m in network.named_modules() if isinstance(m, nn.Linear)]
@@ -208,9 +302,10 @@ def assign_bits(
     supernet = Supernet(copy.deepcopy(network), images[:32], bits, **options)
     weights = sum(conv.weight.numel() for conv in convs.values())
     fixed = sum(16 * info.weights for info in supernet.table if info.name in linear)
-    size = (mean * weights + fixed) / 8  # bytes
-    config = assignment(supernet, batch_error(supernet, images, labels), size=size)[-1].config
-    return {name: config[name].weight for name in convs}
+    table = quick_table(supernet, cache(without_nan(batch_error(supernet, images, labels))))
+    sizes = [(mean * weights + fixed) / 8 for mean in means]  # bytes
+    configs = [solve(supernet, table, size=size) for size in sizes]
+    return [{name: config[name].weight for name in convs} for config in configs]
 
 
 def mixed_arms(
@@ -226,17 +321,15 @@ def mixed_arms(
     device = next(network.parameters()).device
     x, y = (tensor[:images].to(device) for tensor in subject.calibration.tensors)
 
-    def mixed(mean: float) -> dict[str, int]:
-        return assign_bits(network, x, y, mean, bits)
-
     def equal(width: int) -> dict[str, int]:
         return dict.fromkeys(convolutions(network), width)
 
+    alone, beside = assign_bits(network, x, y, [equal_bits, equal_bits - 8 * budget], bits)
     return {
         "equal bits": dict(bits=equal(equal_bits), budget=0),
         "equal bits, adapters": dict(bits=equal(equal_bits - 1)),
-        "mixed bits": dict(bits=mixed(equal_bits), budget=0),
-        "mixed bits, adapters": dict(bits=mixed(equal_bits - 8 * budget)),
+        "mixed bits": dict(bits=alone, budget=0),
+        "mixed bits, adapters": dict(bits=beside),
     }
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import ceil, inf
+from math import ceil
 from numbers import Integral
 from pathlib import Path
 
@@ -39,7 +39,15 @@ from ..search.error import batch_error
 from ..search.greedy import greedy
 from ..search.moves import Step
 from ..training.loop import TrainConfig, train
-from .command import TIMED_STEPS, Command, agree_on_plan, load_splits, make_runs, time_steps
+from .command import (
+    TIMED_STEPS,
+    Command,
+    agree_on_plan,
+    check_training,
+    load_splits,
+    make_runs,
+    time_steps,
+)
 from .processes import NEVER, Deadline, Team, run_processes
 
 SEARCHED, FEWEST = "searched", "fewest bits"
@@ -106,8 +114,7 @@ class SizeSetting:
             if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r} is not allowed: a whole number from {low}")
         for name in ("training", "float_training"):
-            if not isinstance(value := getattr(self, name), Mapping):
-                raise ValueError(f"{name}={value!r} is not allowed: options of TrainConfig by name")
+            check_training(name, getattr(self, name), own=("epochs", "seed"))
         for kind in ("float", "alone", "supernet"):
             self.config(kind, 0)
 
@@ -138,7 +145,7 @@ def check_families(families: Mapping[str, Sequence[float]]) -> None:
             known = list(CIFAR_NETWORKS)
             raise ValueError(f"families={families!r}: {name!r} is not allowed: one of {known}")
         numbers = isinstance(sizes, list) and all(type(s) in (int, float) for s in sizes)
-        if not numbers or not sizes or not all(0 < size < inf for size in sizes):
+        if not numbers or not sizes or not all(0 < size <= 1e12 for size in sizes):
             raise ValueError(f"families[{name!r}]={sizes!r} is not allowed: a list of sizes in kB")
         if len(set(sizes)) < len(sizes):
             raise ValueError(f"families[{name!r}]={sizes!r} is not allowed: none may stand twice")

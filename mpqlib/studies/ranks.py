@@ -20,12 +20,14 @@ from ..search.limits import check_count
 from ..training.evaluation import decoded, select_device
 from ..training.step import check_labels, check_logits
 from .adapters import FLOAT_BITS, GRANULARITIES, Adapted, AdaptedConv2d, check_convolutions
+from .command import LARGEST_SEED
 
+SWITCHES = ("teacher", "recalibrate")  # options of `cora` that are True or False
 # Options of `cora` that are whole numbers, and their smallest values
 LEAST_COUNTS = {"adapter_bits": 2, "order": 1, "iterations": 0, "batch_size": 1, "seed": 0}
 # Smallest and largest values of the others
 RANGES_OF_NUMBERS = {
-    "budget": (0, inf),  # a share of the weights
+    "budget": (0, 1),  # a share of the weights
     "deviations": (0.1, inf),
     "start": (1e-6, 1),
     "lr": (0, inf),
@@ -110,8 +112,9 @@ def fit_ranks(
 
     `wanted`: ranks above 0 that need not be whole. `full`: largest ranks. `component`: weights of
     an adapter of rank 1. All ranks are `wanted` times one factor, the largest that fits, rounded
-    up, and at least 1. What is then left goes to those that are nearest to their next rank.
-    Raises ValueError if ranks of 1 do not fit.
+    up, and at least 1. What is then left goes to those that are nearest to their next rank, once
+    each. So a few weights may be left over, fewer than the largest component that could still be
+    added. Raises ValueError if ranks of 1 do not fit.
     """
     if sum(component) > limit:
         raise ValueError(
@@ -135,24 +138,29 @@ def fit_ranks(
     return ranks
 
 
-def _check_options(granularity: str, switches: Mapping, **options: float | None) -> None:
-    """Raises ValueError for an option of `cora` that is not allowed. `switches`: True or False."""
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is not allowed: True or False")
+def check_cora_options(**options: object) -> None:
+    """Raises ValueError for the value of an option of `cora` that is not allowed."""
     for name, value in options.items():
         if name in LEAST_COUNTS:
             check_count(name, value, LEAST_COUNTS[name])
-            continue
-        if name == "start" and value is None:
-            continue
-        low, high = RANGES_OF_NUMBERS[name]
-        right = isinstance(value, Real) and not isinstance(value, bool) and value < inf
-        if not right or not low <= value <= high:
-            allowed = f"a number from {low:g}" + (f" to {high:g}" if high < inf else "")
-            raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
-    if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity={granularity!r} is not allowed: one of {GRANULARITIES}")
+            if name == "seed" and value > LARGEST_SEED:
+                raise ValueError(f"seed={value!r} is not allowed: at most {LARGEST_SEED}")
+        elif name in RANGES_OF_NUMBERS:
+            if name != "start" or value is not None:
+                _check_number(name, value, *RANGES_OF_NUMBERS[name])
+        elif name in SWITCHES:
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not allowed: True or False")
+        elif name == "granularity" and value not in GRANULARITIES:
+            raise ValueError(f"{name}={value!r} is not allowed: one of {GRANULARITIES}")
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    right = isinstance(value, Real) and not isinstance(value, bool) and value < inf
+    if not right or not low <= value <= high:
+        allowed = f"a number from {low:g}" + (f" to {high:g}" if high < inf else "")
+        allowed += "; it is a share of the weights, so 0.05 means 5%" if name == "budget" else ""
+        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
 
 
 def _read_images(calibration: Dataset) -> tuple[Tensor, Tensor]:
@@ -261,11 +269,13 @@ def cora(
     """Quantizes the convolutions of a float network and puts low-rank adapters beside them.
 
     No weight is trained: the search learns the rank of each adapter, on calibration images.
-    `network`: any with Conv2d; it stays as it is, the result is a copy in eval mode. Linear layers,
-    norms and activations stay in float. `calibration`: items (image (C, H, W), label), read into
-    memory. `bits`: of the weights, one number or a mapping of all convolutions by name, such as a
-    searched policy's; 32 leave a convolution in float, without adapter. `budget`: weights in
-    adapters, as a share of those in convolutions; 0 quantizes without adapters.
+    `network`: any with Conv2d; it stays as it is, the result is a copy in eval mode. All else stays
+    in float: linear layers, norms, activations, and what `Adapted.float_parts` lists and a warning
+    names, such as Conv1d, Conv3d and transposed convolutions. `calibration`: items (image
+    (C, H, W), label), read into memory. `bits`: of the weights, one number or a mapping of all
+    convolutions by name, such as a searched policy's; 32 leave a convolution in float, without
+    adapter. `budget`: weights in adapters, as a share of those in convolutions, at most 1; 0
+    quantizes without adapters.
 
     `granularity`, `deviations`: as in `quantize_weight`. `adapter_bits`: that adapters are stored
     in. `exempt`: convolutions without adapter. `order`: of the Butterworth kernel. `start`: share
@@ -280,9 +290,9 @@ def cora(
     CoRa (arXiv 2408.00923), by its release; the form of grouped and depth-wise adapters is our own.
     """
     how = dict(iterations=iterations, batch_size=batch_size, lr=lr, clip=clip, gamma=gamma)
-    options = dict(budget=budget, deviations=deviations, start=start, order=order)
-    switches = dict(teacher=teacher, recalibrate=recalibrate)
-    _check_options(granularity, switches, **options, **how, adapter_bits=adapter_bits, seed=seed)
+    options = dict(budget=budget, granularity=granularity, deviations=deviations, start=start)
+    options |= dict(adapter_bits=adapter_bits, order=order, seed=seed)
+    check_cora_options(**options, **how, teacher=teacher, recalibrate=recalibrate)
     adapter_bits, device = int(adapter_bits), select_device(device)
     check_convolutions(network)
     images, targets = (tensor.to(device) for tensor in _read_images(calibration))

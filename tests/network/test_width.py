@@ -1,5 +1,7 @@
 """Widths that meet a size, against the sizes of converted networks."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from mpqlib.network.supernet import Supernet
 from mpqlib.network.width import inner_layers, nearest_width, solve_width, weight_bytes
 
 FAMILIES = "resnet8_cifar", "mobilenetv2_small_cifar"
+HUGE = pytest.param(10**400, id="huge")  # no float is as large
 
 
 def builder(family):
@@ -60,10 +63,26 @@ def test_a_size_that_no_width_reaches_is_refused(size):
         nearest_width(builder("resnet8_cifar"), {}, 8, size)
 
 
-@pytest.mark.parametrize("size", [-5, 0, float("nan"), "24 kB", None])
+@pytest.mark.parametrize("size", [-5, 0, float("nan"), "24 kB", None, True, HUGE, 1j])
 def test_a_size_that_is_no_size_is_named(size):
-    with pytest.raises(ValueError, match=f"size={size!r} is not allowed: bytes, a number above 0"):
+    with pytest.raises(ValueError, match=re.escape(f"size={size!r} is not allowed: bytes, a n")):
         nearest_width(builder("resnet8_cifar"), {}, 8, size)
+
+
+@pytest.mark.parametrize(
+    ("bits", "edge_bits", "message"),
+    [
+        ({"conv9": 2}, 8, r"bits name no layer: \['conv9'\]"),
+        ({"conv1": "2"}, 8, "bits of 'conv1' are '2': a number above 0"),
+        ({"conv1": 0}, 8, "bits of 'conv1' are 0"),
+        ({"conv1": float("nan")}, 8, "bits of 'conv1' are nan"),
+        ({}, None, "bits of 'edge_bits' are None"),
+        ({}, True, "bits of 'edge_bits' are True"),
+    ],
+)
+def test_bits_that_are_no_bits_are_named(bits, edge_bits, message):
+    with pytest.raises(ValueError, match=message):
+        nearest_width(builder("resnet8_cifar"), bits, edge_bits, 20_000)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

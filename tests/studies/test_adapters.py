@@ -10,8 +10,9 @@ from timm.layers import StdConv2d
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from mpqlib.files import load_weights, save_weights
 from mpqlib.studies import adapters
-from mpqlib.studies.adapters import Adapted, AdaptedConv2d
+from mpqlib.studies.adapters import Adapted, AdaptedConv2d, load_adapted, save_adapted
 
 CONVS = {
     "ordinary": dict(in_channels=4, out_channels=6, kernel_size=3),
@@ -240,3 +241,102 @@ def test_adapted_network_is_refused():
 def test_odd_bits_are_refused(bits, message):
     with pytest.raises(ValueError, match=message):
         Adapted(odd(""), torch.randn(1, 3, 1, 1), bits)
+
+
+class Parts(nn.Module):
+    """A convolution, then another kind of layer, then a linear layer."""
+
+    def __init__(self, part: nn.Module, shape: tuple[int, ...], width: int):
+        super().__init__()
+        self.conv, self.part, self.shape = nn.Conv2d(3, 4, 1, bias=False), part, shape
+        self.last = nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.conv(x).reshape(len(x), 4, *self.shape)
+        return self.last(self.part(x).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "part, shape, width, macs",
+    [
+        (nn.Conv1d(4, 5, 3), (36,), 5 * 34, 34 * 5 * 4 * 3),
+        (nn.ConvTranspose1d(4, 5, 3), (36,), 5 * 38, 36 * 4 * 5 * 3),
+        (nn.ConvTranspose2d(4, 5, 2), (6, 6), 5 * 49, 36 * 4 * 5 * 4),
+        (nn.Conv3d(4, 5, (1, 2, 2)), (1, 6, 6), 5 * 25, 25 * 5 * 4 * 4),
+        (nn.ConvTranspose3d(4, 5, (1, 2, 2)), (1, 6, 6), 5 * 49, 36 * 4 * 5 * 4),
+    ],
+)
+def test_what_stays_float_is_named(part, shape, width, macs):
+    with pytest.warns(UserWarning, match=r"MACs stay in float .*: part \(convolution\)") as found:
+        adapted = Adapted(Parts(part, shape, width), torch.randn(1, 3, 6, 6), 4)
+    (listed,) = adapted.float_parts
+    assert (listed.name, listed.macs) == ("part (convolution)", macs)
+    total = 36 * 3 * 4 + macs + 2 * width
+    assert listed.share == pytest.approx(macs / total)
+    assert f"{macs / total:.1%} of the MACs" in str(found[0].message)
+
+
+def test_linear_layers_are_no_reason_to_warn():
+    assert Adapted(TinyNet(), torch.randn(1, 3, 8, 8), 4).float_parts == []
+
+
+def adapted_tiny(seed: int = 0, rank: int = 2) -> Adapted:
+    """TinyNet with other bits in each layer, of which one has no adapter."""
+    torch.manual_seed(seed)
+    bits = {"stem.0": 3, "depthwise": 32, "pointwise": 4}
+    adapted = Adapted(TinyNet(), torch.randn(1, 3, 8, 8), bits, "tensor", adapter_bits=6)
+    for name, own in {"stem.0": rank, "depthwise": 0, "pointwise": 1}.items():
+        adapted.convs[name].set_rank(own, 6)
+    return adapted
+
+
+def test_an_adapted_network_is_stored_and_loaded(tmp_path):
+    adapted, file, x = adapted_tiny(), tmp_path / "adapted.safetensors", torch.randn(4, 3, 8, 8)
+    adapted.network.stem[1].running_mean.add_(1)
+    save_adapted(file, adapted)
+    other = TinyNet().train()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    loaded = load_adapted(file, other)
+    assert torch.equal(loaded(x), adapted(x)) and not loaded.training
+    assert (loaded.ranks, loaded.cost()) == (adapted.ranks, adapted.cost())
+    assert {n: c.bits for n, c in loaded.convs.items()} == {
+        "stem.0": 3,
+        "depthwise": 32,
+        "pointwise": 4,
+    }
+    assert (loaded.granularity, loaded.adapter_bits) == ("tensor", 6)
+    assert other.training and all(torch.equal(before[n], v) for n, v in other.state_dict().items())
+
+
+def test_a_stored_network_of_another_build_is_refused(tmp_path):
+    save_adapted(file := tmp_path / "adapted.safetensors", adapted_tiny())
+    with pytest.raises(ValueError, match=r"does not fit .*missing or unknown: .*'depthwise'"):
+        load_adapted(file, nn.Sequential(nn.Conv2d(3, 2, 1)))
+    wider = TinyNet()
+    wider.pointwise = nn.Conv2d(8, 16, 1)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapted(file, wider)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        load_adapted(file, adapted_tiny())
+
+
+def test_only_load_adapted_reads_an_adapted_network(tmp_path):
+    file, adapted = tmp_path / "adapted.safetensors", adapted_tiny()
+    save_adapted(file, adapted)
+    with pytest.raises(ValueError, match="holds an adapted network, not weights"):
+        load_weights(file, adapted)
+    save_weights(file, adapted, {})
+    with pytest.raises(ValueError, match="holds weights, not an adapted network"):
+        load_adapted(file, TinyNet())
+    with pytest.raises(ValueError, match=r"another shape \('network.stem.0.left'"):
+        load_weights(file, adapted_tiny(rank=1))
+    file.write_bytes(b"not safe")
+    with pytest.raises(ValueError, match="damaged"):
+        load_adapted(file, TinyNet())
+
+
+def test_a_network_within_a_search_is_not_stored(tmp_path):
+    adapted = adapted_tiny()
+    adapted.convs["stem.0"].cut_softly(0.5, order=4)
+    with pytest.raises(ValueError, match=r"the adapter of 'stem\.0' is cut softly"):
+        save_adapted(tmp_path / "adapted.safetensors", adapted)

@@ -1,6 +1,8 @@
 """The comparison of adapters: its trials, its rows and its pictures."""
 
+import copy
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -10,8 +12,93 @@ from PIL import Image
 from torch import nn
 
 from mpqlib import models
+from mpqlib.network.bits import Candidates
+from mpqlib.network.supernet import Supernet
+from mpqlib.search.assignment import assignment
+from mpqlib.search.error import batch_error
 from mpqlib.studies import cora as study
 from mpqlib.training.loop import TrainConfig
+
+PROFILE = dict(
+    model="test_resnet",
+    dataset="digits",
+    image_size=32,
+    train_images=512,
+    calibration_images=256,
+    training={"epochs": 6},
+    bits=[4, 3],
+    budget=0.05,
+    recovery={"granularity": ["tensor", "channel"], "recalibrate": [False, True]},
+    options={"granularity": "channel", "recalibrate": True},
+    search={"iterations": 20, "batch_size": 64},
+    equal_bits={"depth-wise": 5.5, "mixed": 4},
+    candidates=[2, 3, 4, 5, 6],
+    policy_images=64,
+    seeds=[0],
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(calibration_images="256"), "calibration_images='256' is not allowed: a whole number"),
+        (dict(calibration_images=0), "calibration_images=0 is not allowed"),
+        (dict(policy_images=None), "policy_images=None is not allowed"),
+        (dict(policy_images=True), "policy_images=True is not allowed"),
+        (dict(training="long"), "training='long' is not allowed: options of TrainConfig"),
+        (dict(training={"seed": 3}), "training={'seed': 3}: 'seed' is not allowed"),
+        (dict(training={"epoch": 3}), "'epoch' is not allowed: one of"),
+        (dict(training={"lr": "fast"}), "lr='fast' is not allowed"),
+        (dict(bits=4), "bits=4 is not allowed"),
+        (dict(bits="4"), "bits='4' is a string"),
+        (dict(bits=[4, 4]), r"bits=\[4, 4\] is not allowed: a list, none may stand twice"),
+        (dict(bits=[1]), r"bits=\[1\] is not allowed"),
+        (dict(bits={4: 3}), "bits={4: 3} is not allowed: a list"),
+        (dict(candidates=[4.5]), r"candidates=\[4.5\] is not allowed"),
+        (dict(candidates=None), "candidates=None is not allowed"),
+        (dict(budget="5%"), "budget='5%' is not allowed: a number from 0 to 1"),
+        (dict(budget=5), "budget=5 is not allowed: .* 0.05 means 5%"),
+        (dict(budget=math.nan), "budget=nan is not allowed"),
+        (dict(recovery=["tensor"]), r"recovery=\['tensor'\] is not allowed: a dict with keys"),
+        (dict(recovery={"range": ["tensor"]}), "recovery={'range'.* keys of .*'granularity'"),
+        (dict(recovery={"granularity": "tensor"}), r"recovery\['granularity'\]='tensor' is not"),
+        (dict(recovery={"granularity": []}), r"recovery\['granularity'\]=\[\] is not"),
+        (dict(recovery={"granularity": ["layer"]}), "granularity='layer' is not allowed"),
+        (dict(recovery={"recalibrate": ["no"]}), "recalibrate='no' is not allowed: True or False"),
+        (dict(options=None), "options=None is not allowed: a dict"),
+        (dict(options={"adapter_bits": 4}), "options={'adapter_bits': 4} is not allowed"),
+        (dict(options={"granularity": ["tensor"]}), r"granularity=\['tensor'\] is not allowed"),
+        (dict(search=20), "search=20 is not allowed: a dict with keys"),
+        (dict(search={"batch_size": 64}), r"search\['iterations'\]=None is not allowed"),
+        (dict(search={"iterations": 0}), r"search\['iterations'\]=0 is not allowed"),
+        (dict(search={"iterations": 1, "teacher": True}), "search={.* keys of .*'iterations'"),
+        (dict(search={"iterations": 1, "lr": -1}), "lr=-1 is not allowed"),
+        (dict(equal_bits=4), "equal_bits=4 is not allowed: a dict"),
+        (dict(equal_bits={"depthwise": 6}), "equal_bits={'depthwise': 6} is not allowed"),
+        (dict(equal_bits={"depth-wise": "6"}), r"equal_bits\['depth-wise'\]='6' is not allowed"),
+        (dict(equal_bits={"depth-wise": math.inf}), r"equal_bits\['depth-wise'\]=inf"),
+        (dict(equal_bits={"mixed": 4.0}), r"equal_bits\['mixed'\]=4.0 is not allowed: a whole"),
+        (dict(equal_bits={"mixed": 2}), r"equal_bits\['mixed'\]=2 is not allowed"),
+        (dict(candidates=[4, 6]), r"equal_bits\['mixed'\]=4 is not allowed: .* at least 4.4,"),
+        (dict(seeds=0), "seeds=0 is not allowed: a list of whole numbers"),
+        (dict(seeds=[]), r"seeds=\[\] is not allowed"),
+        (dict(seeds=["0"]), r"seeds=\['0'\] is not allowed"),
+        (dict(seeds=[True]), r"seeds=\[True\] is not allowed"),
+        (dict(seeds=[2**63]), r"seeds=\[9\d+\] is not allowed"),
+        (dict(seeds=[1, 1]), r"seeds=\[1, 1\] is not allowed: none may stand twice"),
+    ],
+)
+def test_settings_of_adapters_are_checked_early(changed, message):
+    with pytest.raises(ValueError, match=message):
+        study.AdapterSetting(**PROFILE | changed)
+
+
+def test_settings_of_adapters_that_apply_are_stored():
+    assert study.AdapterSetting(**PROFILE).applied == PROFILE
+    pretrained = PROFILE | dict(dataset=study.PRETRAINED)
+    applied = study.AdapterSetting(**pretrained).applied
+    unused = {"image_size", "train_images", "calibration_images", "training"}
+    assert applied == {name: value for name, value in pretrained.items() if name not in unused}
 
 
 @pytest.fixture
@@ -60,16 +147,41 @@ def test_depthwise_arms_have_the_same_size(subject):
     assert all(ranks[arm]["depthwise"] == 0 for arm in ("no adapters", "8 bits", "float weights"))
     with pytest.raises(ValueError, match=r"weights of 'float weights' take 8\.4"):
         study.trials_at_size(subject.network, "depth-wise", 5.0, arms, {})
+    with pytest.raises(ValueError, match=r"equal_bits=12 .* leaves 9.000 bits beside the weights"):
+        study.trials_at_size(subject.network, "depth-wise", 12, arms, {})
     assert study.depthwise_arms(nn.Sequential(nn.Conv2d(3, 3, 1)), 4) == {}
 
 
 def test_mixed_bits_keep_their_mean_and_the_network(subject):
     network, (x, y) = subject.network, subject.calibration.tensors
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    bits = study.assign_bits(network, x, y, 4.0, [2, 3, 4, 5, 6])
+    (bits,) = study.assign_bits(network, x, y, [4.0], [2, 3, 4, 5, 6])
     assert set(bits) == {"stem.0", "depthwise", "pointwise"}
     assert study.mean_bits(network, bits) <= 4 and len(set(bits.values())) > 1
     assert all(torch.equal(before[n], value) for n, value in network.state_dict().items())
+
+
+def test_one_table_serves_all_means_as_one_assignment_each(subject, monkeypatch):
+    network, (x, y) = subject.network, subject.calibration.tensors
+    means, offered, asked = [4.5, 4.0, 3.2, 2.5], [2, 3, 4, 5, 6], []
+
+    def counted(*arguments):
+        error = batch_error(*arguments)
+        return lambda config: asked.append(config) or error(config)
+
+    monkeypatch.setattr(study, "batch_error", counted)
+    found = study.assign_bits(network, x, y, means, offered)
+    together = len(asked)
+    study.assign_bits(network, x, y, means[:1], offered)
+    assert 0 < together == len(asked) - together
+    for mean, bits in zip(means, found, strict=True):
+        wide = Candidates((16,), (16,))
+        own = {name: Candidates(tuple(offered), (16,)) for name in bits} | {"last": wide}
+        supernet = Supernet(copy.deepcopy(network), x, offered, edge_bits=None, overrides=own)
+        table = {info.name: info.weights for info in supernet.table}
+        size = (mean * sum(table[n] for n in bits) + 16 * table["last"]) / 8
+        expected = assignment(supernet, batch_error(supernet, x, y), size=size)[-1].config
+        assert bits == {name: expected[name].weight for name in bits}
 
 
 def test_mixed_arms_have_at_most_the_same_size(subject):

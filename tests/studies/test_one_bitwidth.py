@@ -191,8 +191,28 @@ def test_arms_are_chosen_on_the_search_split_alone(seed):
         (dict(test_images=0), "test_images=0 is not allowed: a whole number from 1"),
         (dict(recalibration_images=1), "recalibration_images=1 is not allowed: .* from 2"),
         (dict(training={"lr": -1}), "lr=-1 is not allowed"),
+        (dict(training={"epochs": 3}), "training={'epochs': 3}: 'epochs' is not allowed: one of"),
+        (dict(float_training={"seed": 3}), "float_training={'seed': 3}: 'seed' is not allowed"),
+        (dict(training={"rate": 3}), "training={'rate': 3}: 'rate' is not allowed"),
+        (dict(training={3: 3}), "training={3: 3}: 3 is not allowed"),
+        (dict(families={"resnet8_cifar": [10**400]}), "00] is not allowed: a list of sizes in kB"),
+        (dict(single=[1.0]), r"single=\[1.0\] is not allowed"),
+        (dict(single=[2, 1.0]), r"single=\[1.0\] is not allowed"),
     ],
 )
 def test_settings_are_checked_early(changed, message):
     with pytest.raises(ValueError, match=message):
         SizeSetting(**PROFILE | changed)
+
+
+@pytest.mark.parametrize("seeds", [0, [], "01", [0.0], ["0"], [-1], [True], [None], [2**63]])
+def test_seeds_that_are_no_seeds_are_refused(seeds):
+    with pytest.raises(ValueError, match=r"seeds=.* not allowed: a list of whole numbers from 0"):
+        command.check_seeds(seeds)
+    command.check_seeds([0, 2**63 - 1])
+
+
+@pytest.mark.parametrize("name", [None, ["digits"], {}])
+def test_a_data_set_without_a_name_is_refused(name):
+    with pytest.raises(ValueError, match="is not a data set: one of"):
+        load_splits(replace(SETTING, dataset=name), "data", "cpu")

@@ -150,14 +150,12 @@ def test_cora_leaves_the_network_as_it_is():
     assert not any(module.training for module in adapted.modules())
 
 
-@pytest.mark.parametrize("budget", [0.2, 0.5, 2.0, 100.0])
+@pytest.mark.parametrize("budget", [0.2, 0.5, 1.0])
 def test_budget_holds_after_rounding(budget):
     adapted = cora(network(), images(32), bits=3, budget=budget, **QUICK)
     held = sum(conv.rank * conv.component for conv in adapted.convs.values())
     assert held <= budget * adapted.weights and min(adapted.ranks.values()) >= 1
     assert adapted.cost()["added_percent"] == pytest.approx(100 * held / adapted.weights)
-    full = [min(conv.conv.weight.flatten(1).shape) for conv in adapted.convs.values()]
-    assert (budget < 100) or list(adapted.ranks.values()) == full
 
 
 def test_weights_and_adapters_have_their_bits():
@@ -181,7 +179,9 @@ def test_no_budget_and_float_bits_compute_as_the_float_network():
 def test_all_components_reproduce_the_float_network():
     subject, dataset = network().eval(), images(32)
     x = dataset.tensors[0]
-    adapted = cora(subject, dataset, bits=3, budget=100.0, adapter_bits=16, iterations=0)
+    adapted = Adapted(copy.deepcopy(subject), x[:1], bits=3)
+    for conv in adapted.convs.values():
+        conv.set_rank(conv.rank, bits=16)
     assert torch.allclose(adapted(x), subject(x), atol=1e-3)
 
 
@@ -232,7 +232,7 @@ class Listed(nn.Module):
 
 def test_a_convolution_past_its_adapter_is_named():
     with pytest.raises(ValueError, match="'b' runs 0 times with its adapter, but 1 times in"):
-        cora(Listed(), images(16), budget=9)
+        cora(Listed(), images(16), budget=1)
 
 
 def test_small_whole_numbers_of_numpy_are_whole_numbers():
@@ -266,6 +266,11 @@ def test_a_search_runs_in_inference_mode():
         (dict(budget=0.01), "budget=0.01 is not allowed: 0, or at least"),
         (dict(budget="much"), "budget='much'"),
         (dict(budget=math.nan), "budget=nan"),
+        (
+            dict(budget=5),
+            "budget=5 is not allowed: a number from 0 to 1; it is a share of the weig",
+        ),
+        (dict(budget=1.01), "0.05 means 5%"),
         (dict(deviations=0), "deviations=0"),
         (dict(start=0), "start=0"),
         (dict(start=1.5), "start=1.5"),
@@ -280,6 +285,7 @@ def test_a_search_runs_in_inference_mode():
         (dict(exempt="stem"), "exempt='stem' is not allowed: a list"),
         (dict(exempt=None), "exempt=None is not allowed: a list"),
         (dict(seed=0.5), "seed=0.5"),
+        (dict(seed=2**63), f"seed={2**63} is not allowed: at most"),
         (dict(teacher="no"), "teacher='no' is not allowed: True or False"),
         (dict(device="abacus"), "abacus"),
     ],

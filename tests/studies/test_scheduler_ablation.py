@@ -230,10 +230,10 @@ def test_command_needs_no_notebook_packages():
     ("changed", "arguments", "message"),
     [
         ({"freezing": {}}, [], "freezing"),
-        ({"seeds": 3}, [], "is no profile"),
+        ({"seeds": 3}, [], "seeds=3 is not allowed: a list of whole numbers"),
         ({"seeds": [0, 1, 0]}, [], "none may stand twice"),
-        ({"seeds": []}, [], r"seeds=\[\] in .*: whole numbers from 0 are needed"),
-        ({"seeds": ["a"]}, [], r"seeds=\['a'\] in .*: whole numbers"),
+        ({"seeds": []}, [], r"seeds=\[\] is not allowed: a list of whole numbers from 0"),
+        ({"seeds": ["a"]}, [], r"seeds=\['a'\] is not allowed: a list of whole"),
         ({}, ["--device", "abacus"], "device='abacus' is not available"),
     ],
 )
