@@ -20,7 +20,6 @@ from ..network.cost import bitops, model_size
 from ..network.observation import hooked, observe
 from ..network.supernet import LayerInfo, list_float_parts, warn_about_float_parts
 
-GRANULARITIES = ("tensor", "channel")
 FLOAT_BITS = 32  # of activations, and of a convolution that stays in float
 FILE_KIND = "an adapted network"  # of the files that `save_adapted` writes
 

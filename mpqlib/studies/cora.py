@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from ..data import imagenet_val, load
-from ..models import create, preprocessing
+from ..data import load
+from ..models import create
 from ..network.bits import Candidates, check_bits
+from ..network.quantizer import GRANULARITIES
 from ..network.supernet import Supernet
 from ..report.intervals import t_interval, top1_interval
 from ..report.plots import ARM_COLOURS
@@ -36,8 +37,9 @@ from ..search.error import batch_error, without_nan
 from ..search.limits import check_count
 from ..training.evaluation import decoded, evaluate
 from ..training.loop import TrainConfig, train
-from .adapters import FLOAT_BITS, GRANULARITIES, convolutions
+from .adapters import FLOAT_BITS, convolutions
 from .command import check_seeds, check_training
+from .imagenet import CLASSES, load_halves
 from .ranks import check_cora_options, cora
 
 if TYPE_CHECKING:
@@ -167,18 +169,16 @@ def load_subject(
     tested on the test split. `seed`: of the halves, or of training and calibration images.
     `checkpoint`: of the training. Raises as `imagenet_val`, `load`, `create` and `train` do.
     """
-    generator = torch.Generator().manual_seed(seed)
     if dataset == PRETRAINED:
-        images = imagenet_val(data_root, **preprocessing(model))
-        order = torch.randperm(len(images), generator=generator)
-        halves = [decoded(Subset(images, half.tolist())) for half in order.tensor_split(2)]
-        return Subject(create(model, 1000, pretrained=True), *halves)
+        halves = load_halves(model, data_root, seed)
+        return Subject(create(model, CLASSES, pretrained=True), halves.calibration, halves.test)
     splits = load(dataset, data_root, image_size, train_images=train_images)
     torch.manual_seed(seed)
     network = create(model, len(splits.classes))
     config, about = replace(config, seed=seed), dict(model=model, dataset=dataset)
     how = dict(device=device, checkpoint=checkpoint, about=about, label="float")
     network, _ = train(network, splits.train, config, **how)
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(splits.calibration), generator=generator)
     calibration = Subset(splits.calibration, order[:calibration_images].tolist())
     return Subject(network, decoded(calibration), decoded(splits.test))

@@ -16,10 +16,11 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..network.quantizer import GRANULARITIES
 from ..search.limits import check_count
 from ..training.evaluation import decoded, select_device
 from ..training.step import check_labels, check_logits
-from .adapters import FLOAT_BITS, GRANULARITIES, Adapted, AdaptedConv2d, check_convolutions
+from .adapters import FLOAT_BITS, Adapted, AdaptedConv2d, check_convolutions
 from .command import LARGEST_SEED
 
 SWITCHES = ("teacher", "recalibrate")  # options of `cora` that are True or False

@@ -72,7 +72,7 @@ def test_all_arms_choose_within_their_budgets(tmp_path):
     levels = [3, 4, 6]
     budgets = [bitops_at(supernet.table, level) for level in levels]
     for arm in study.ARMS:
-        configs = study.choose_bits(supernet, x, y, budgets, arm, probes=2)
+        configs = study.choose_bits(supernet, x, y, budgets, arm, probes=64)
         assert len(configs) == 3 and len(set(configs)) > 1
         for config, budget in zip(configs, budgets, strict=True):
             supernet.check(config)
