@@ -3,7 +3,6 @@
 import math
 import os
 import signal
-import uuid
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import yaml
 from conftest import SMALL, TinyNet, images
+from launch import torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils.data import TensorDataset
 
 from mpqlib import models
@@ -57,23 +56,6 @@ def in_processes(world, folder, task):
     """What `task(rank)` returns in `world` processes. They are forked: importing takes seconds."""
     mp.start_processes(in_group, (world, folder, task), world, start_method="fork")
     return [load_state(folder / f"result{rank}") for rank in range(world)]
-
-
-def torchrun(world, task, *arguments, restarts=0, interval=0.05):
-    """Calls `task` in forked processes, in the way of the command of this name.
-
-    `interval`: seconds between two looks at the processes.
-    """
-    config = LaunchConfig(
-        *(1, 1, world),
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=restarts,
-        monitor_interval=interval,
-        start_method="fork",
-    )
-    return elastic_launch(config, task)(*arguments)
 
 
 def check_equal(found, expected, tolerance):
