@@ -1,5 +1,6 @@
 """Several processes train as one does. They end and start again together."""
 
+import gc
 import math
 import os
 import signal
@@ -159,6 +160,22 @@ def test_processes_that_read_different_checkpoints_end(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "from_first", lambda value: 3)
     with pytest.raises(ValueError, match="at step 0 here, but at step 3 for the first process"):
         train(network(False), EXACT, SHORT, checkpoint=tmp_path / "run.pt")
+
+
+def test_a_forked_process_does_not_collect_the_garbage_of_its_parent(tmp_path):
+    class Garbage:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            (tmp_path / f"collected {os.getpid()}").touch()
+
+    gc.disable()  # not before the fork
+    Garbage()
+    in_processes(1, tmp_path, lambda rank: {"n": gc.collect()})
+    gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.glob("collected*")] == [f"collected {os.getpid()}"]
 
 
 def fail():

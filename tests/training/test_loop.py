@@ -181,7 +181,7 @@ def test_checkpoints_come_when_their_time_has_come(tmp_path, monkeypatch):
     assert load_state(path)["step"] == 16
 
 
-KILLS = int(os.environ.get("KILLS", 6))  # in each test; CONTRIBUTING names this variable
+KILLS = int(os.environ.get("KILLS", 4))  # in each test; CONTRIBUTING names this variable
 LONG = replace(SMALL, epochs=2 * KILLS)
 
 
