@@ -68,11 +68,11 @@ def _init_process_group() -> None:
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Within the block, an error is delayed, because it mostly follows from another process's end.
+    """Within the block, a message that fails raises its error only after `GRACE` seconds.
 
-    torchrun ends all processes as soon as one has ended with an error, and shows that error. If
-    several have ended before it looks, it compares their times, but in whole seconds, and shows the
-    error of any one.
+    It mostly fails because another process has ended. In these seconds, torchrun ends this process
+    too, and shows the error of the other. It could not tell later which of two errors came first:
+    it compares their times in whole seconds.
     """
     try:
         yield
