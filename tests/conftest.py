@@ -1,5 +1,6 @@
 """How pytest shares the cores, and a network and images small enough to train in a second."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from torch.utils.data import TensorDataset
 from mpqlib.network.supernet import Supernet
 from mpqlib.studies.train import beside_float
 from mpqlib.training.loop import TrainConfig
+
+# A forked process does not collect the garbage of this one: a store of torch.distributed, for one,
+# waits for its thread at its end, but a fork has no copy of the thread (SIGSEGV).
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

@@ -5,6 +5,7 @@ gradients of its share of the batch; then they are averaged.
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .evaluation import select_device
+
+GRACE = 30  # seconds in which torchrun ends a process whose messages fail
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -59,7 +62,23 @@ def _init_process_group() -> None:
     store, rank, world = next(dist.rendezvous("env://"))
     if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(store=store, rank=rank, world_size=world)
+    with _messages():
+        dist.init_process_group(store=store, rank=rank, world_size=world)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Within the block, a message that fails raises its error only after `GRACE` seconds.
+
+    It mostly fails because another process has ended. In these seconds, torchrun ends this process
+    too, and shows the error of the other. It could not tell later which of two errors came first:
+    it compares their times in whole seconds.
+    """
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(GRACE)
+        raise
 
 
 def from_first(value: Any) -> Any:
@@ -70,7 +89,8 @@ def from_first(value: Any) -> Any:
     if rank_and_size()[1] == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values)
+    with _messages():
+        dist.broadcast_object_list(values)
     return values[0]
 
 
@@ -81,7 +101,8 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         sent = tensor.contiguous()  # a copy of a channels-last tensor
-        dist.broadcast(sent, src=0)
+        with _messages():
+            dist.broadcast(sent, src=0)
         tensor.copy_(sent)
 
 
@@ -100,7 +121,8 @@ def average_gradients(model: nn.Module, losses: Mapping[str, Tensor]) -> dict[st
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     tensors = [*gradients, *losses.values()]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    with _messages():
+        dist.all_reduce(flat)
     flat /= world
     means = flat.split([tensor.numel() for tensor in tensors])
     for gradient, mean in zip(gradients, means[: len(gradients)], strict=True):
@@ -117,7 +139,8 @@ class SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        with _messages():
+            dist.all_reduce(total)
         return total
 
     @staticmethod

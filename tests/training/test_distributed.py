@@ -1,6 +1,9 @@
 """Several processes train as one does. They end and start again together."""
 
+import gc
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -8,12 +11,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+import yaml
 from conftest import SMALL, TinyNet, images
+from launch import torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.utils.data import TensorDataset
 
-from mpqlib.files import load_state, save_state
+from mpqlib import models
+from mpqlib.files import load_state, load_weights, save_state
 from mpqlib.network.supernet import Supernet
 from mpqlib.training import loop
+from mpqlib.training.command import main
 from mpqlib.training.distributed import process_group, synced_batch_norm
 from mpqlib.training.loop import Run, train
 
@@ -154,6 +162,71 @@ def test_processes_that_read_different_checkpoints_end(tmp_path, monkeypatch):
         train(network(False), EXACT, SHORT, checkpoint=tmp_path / "run.pt")
 
 
+def test_a_forked_process_does_not_collect_the_garbage_of_its_parent(tmp_path):
+    class Garbage:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            (tmp_path / f"collected {os.getpid()}").touch()
+
+    gc.disable()  # not before the fork
+    Garbage()
+    in_processes(1, tmp_path, lambda rank: {"n": gc.collect()})
+    gc.enable()
+    gc.collect()
+    assert [path.name for path in tmp_path.glob("collected*")] == [f"collected {os.getpid()}"]
+
+
+def fail():
+    raise OSError("the disk is full")
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("end", "message"), [(fail, "the disk is full"), (die, "SIGKILL")])
+def test_a_process_that_fails_ends_the_job_with_its_error(end, message):
+    def watch(run):
+        if run.step == 2 and dist.get_rank() == 2:
+            end()
+
+    def task():
+        with process_group("cpu"):
+            train(network(False), EXACT, replace(SHORT, batch_size=12), watch=watch)
+
+    # A busy machine looks so late, too: all processes would have ended with some error.
+    with pytest.raises(ChildFailedError, match=rf"rank +: 2 [^$]*{message}"):
+        torchrun(3, task, interval=2)
+
+
+def test_torchrun_restarts_and_training_resumes_to_the_same_numbers(pair, tmp_path):
+    taken = []
+
+    def watch(run):
+        taken.append(run.step)
+        if (
+            run.step == 4
+            and dist.get_rank() == 1
+            and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def task():
+        options = dict(checkpoint=tmp_path / "run.pt", checkpoint_minutes=0, watch=watch)
+        with process_group("cpu"):
+            save_state(
+                tmp_path / f"result{dist.get_rank()}", result(True, **options) | {"n": taken}
+            )
+
+    torchrun(2, task, restarts=1)
+    for rank in range(2):
+        found = load_state(tmp_path / f"result{rank}")
+        assert found["n"] in ([4, 5, 6], [5, 6])
+        check_equal(found, pair[0], 0)
+
+
 def test_a_process_without_an_accelerator_of_its_own_is_named(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -168,3 +241,29 @@ def test_a_process_without_an_accelerator_of_its_own_is_named(monkeypatch):
         )
         with pytest.raises(ValueError, match=message), process_group(name):
             pass
+
+
+def test_the_command_trains_in_two_processes_and_resumes(tmp_path, monkeypatch, capfd):
+    def create(name, classes, pretrained):
+        net = TinyNet()
+        net.last = torch.nn.Linear(12, classes)
+        return net
+
+    monkeypatch.setattr(models, "create", create)
+    command = ["--output-dir", str(tmp_path), "--image-size", "8", "--train-images", "128"]
+    command += ["--float-epochs", "1", "--epochs", "2", "--device", "cpu", "--bits", "[2, 4]"]
+    torchrun(2, main, command)
+    text = capfd.readouterr().out
+    assert "resnet18: 128 images of digits at 8 px, 2 epochs of 2 steps" in text
+    assert text.count("epoch 2 of 2, step 2 of 2: loss") == 1  # printed by one process
+    assert "images/s" in text and "of the time waiting for images" in text
+    assert f"papermill notebooks/03_train.ipynb out.ipynb -f {tmp_path / 'profile.yaml'}" in text
+    names = ["float.pt", "history.json", "profile.yaml", "supernet.pt", "supernet.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    stored = yaml.safe_load((tmp_path / "profile.yaml").read_text())
+    assert stored["epochs"] == 2 and not {"data_root", "workers"} & stored.keys()
+    net = Supernet(create("", 10, False), torch.randn(8, 3, 8, 8), (2, 4))
+    about = load_weights(tmp_path / "supernet.safetensors", net)
+    assert about["model"] == "resnet18" and about["bits"] == [2, 4]
+    main(command)  # in one process: both trainings are done
+    assert "loss" not in capfd.readouterr().out

@@ -2,9 +2,11 @@
 
 import copy
 import math
+import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, TinyNet, images
+from launch import torchrun
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -23,6 +26,7 @@ from mpqlib.files import load_state, save_state, save_weights
 from mpqlib.network.quantizer import Quantizer
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
+from mpqlib.training.distributed import process_group, rank_and_size
 from mpqlib.training.loop import Run, TrainConfig, load_batches, train
 
 
@@ -177,62 +181,92 @@ def test_checkpoints_come_when_their_time_has_come(tmp_path, monkeypatch):
     assert load_state(path)["step"] == 16
 
 
-# One process trains anew each time that it is killed, until it ends. Children are forked, because
-# importing the package takes seconds.
-KILLED = """
-import os, random, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-import test_loop as t
-
-def child():
-    model, history = t.train(
-        t.network(True), t.AUGMENTED, t.LONG, checkpoint=sys.argv[2], checkpoint_minutes=0
-    )
-    t.save_state(sys.argv[3], {"model": model.state_dict(), "history": t.numbers(history)})
-
-def written():
-    return os.path.exists(sys.argv[2]) and os.stat(sys.argv[2]).st_mtime_ns
-
-rng, kills, status = random.Random(int(sys.argv[4])), 0, None
-while status != 0:
-    before, pid = written(), os.fork()
-    if pid == 0:
-        child()
-        os._exit(0)
-    if kills < int(sys.argv[5]):
-        while written() == before:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.1))  # some steps, or a part of one
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if status not in (0, signal.SIGKILL):
-        sys.exit("training failed")
-    kills += status == signal.SIGKILL
-print(kills)
-"""
-LONG = replace(SMALL, epochs=15)
+KILLS = int(os.environ.get("KILLS", 4))  # in each test; CONTRIBUTING names this variable
+LONG = replace(SMALL, epochs=2 * KILLS)
 
 
-def train_with_kills(folder, seed, kills):
-    """Trains in processes that are killed at random times; returns the number of kills."""
-    here = Path(__file__).parent
-    arguments = [here, folder / "run.pt", folder / "result", seed, kills]
-    command = [sys.executable, "-c", KILLED, *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=here.parent)
-    assert ended.returncode == 0, ended.stderr
-    return int(ended.stdout)
+def die_in_the_next_write(rng, note):
+    """Kills this process when it has written a random part of its next file."""
+    write = Path.write_bytes
+
+    def write_a_part(path, data):
+        write(path, data[: rng.randrange(len(data) + 1)])
+        note.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.write_bytes = write_a_part
 
 
-def test_a_killed_run_resumes_to_the_same_numbers(tmp_path):
-    assert train_with_kills(tmp_path, seed=0, kills=4) >= 2
-    model, history = train(network(True), AUGMENTED, LONG)
-    found, expected = load_state(tmp_path / "result"), model.state_dict()
-    assert found["history"] == numbers(history)
-    assert found["model"].keys() == expected.keys()
-    assert all(torch.equal(found["model"][key], expected[key]) for key in expected)
-    assert {path.name for path in tmp_path.iterdir()} == {"run.pt", "result"}
+def die_soon(rng, note):
+    """Kills this process from outside at a random time, within some steps or a part of one."""
+    command = 'sleep "$0"; touch "$1"; kill -9 "$2"'
+    subprocess.Popen(["sh", "-c", command, *map(str, (rng.uniform(0, 0.03), note, os.getpid()))])
+
+
+def train_and_die(folder, kills, start):
+    """Trains in one of the processes of the `start`-th start, counted from 0.
+
+    In each of the first `kills` starts, a process is killed: in every third one the first process
+    in the middle of a checkpoint, in the others any process at any time. Notes beside `folder` say
+    that it was killed, and that the next start found a part of a checkpoint.
+    """
+    if start % 3 == 1 and list(folder.glob(".run.pt.*")):
+        (folder.parent / f"part{start}").touch()
+    rng, steps = random.Random(start), []
+    last = rng.randint(1, 4)  # step of this start
+
+    def watch(run):
+        steps.append(run.step)
+        if start < kills and len(steps) == last and rank == victim:
+            die(rng, folder.parent / f"death{start}")
+
+    with process_group("cpu"):
+        rank, world = rank_and_size()
+        die, victim = die_soon, rng.randrange(world)
+        if start % 3 == 0:
+            die, victim = die_in_the_next_write, 0  # the only one that writes
+        options = dict(checkpoint=folder / "run.pt", checkpoint_minutes=0, watch=watch)
+        model, history = train(network(True), AUGMENTED, LONG, **options)
+    found = {"model": model.state_dict(), "history": numbers(history), "starts": start + 1}
+    save_state(folder / f"result{rank}", found)
+
+
+def start_one_process(folder, kills):
+    """Starts a process of `train_and_die` again and again until it ends by itself."""
+    context = multiprocessing.get_context("fork")
+    for start in range(kills + 1):
+        process = context.Process(target=train_and_die, args=(folder, kills, start))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if start < kills else 0)
+
+
+def start_two_processes(folder, kills):
+    """Lets torchrun start two processes again and again until they end by themselves."""
+
+    def task():
+        train_and_die(folder, kills, int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+
+    torchrun(2, task, restarts=kills)
+
+
+@pytest.mark.parametrize(("start", "world"), [(start_one_process, 1), (start_two_processes, 2)])
+def test_a_killed_run_resumes_to_the_same_numbers(start, world, tmp_path):
+    for name, kills in {"straight": 0, "killed": KILLS}.items():
+        (tmp_path / name).mkdir()
+        start(tmp_path / name, kills)
+    for rank in range(world):
+        expected = load_state(tmp_path / "straight" / f"result{rank}")
+        found = load_state(tmp_path / "killed" / f"result{rank}")
+        assert (expected["starts"], found["starts"]) == (1, KILLS + 1)
+        assert found["history"] == expected["history"]
+        assert found["model"].keys() == expected["model"].keys()
+        for name, tensor in found["model"].items():
+            assert torch.equal(tensor, expected["model"][name])
+    assert len(list(tmp_path.glob("death*"))) == KILLS
+    assert len(list(tmp_path.glob("part*"))) == math.ceil(KILLS / 3)
+    files = {"run.pt", *(f"result{rank}" for rank in range(world))}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == files
 
 
 def test_a_killed_writer_s_leftover_is_removed_at_the_start(supernet, dataset, tmp_path):
