@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mpqlib.files import load_weights, save_weights
+from mpqlib.network.quantizer import GRANULARITIES
 from mpqlib.studies import adapters
 from mpqlib.studies.adapters import Adapted, AdaptedConv2d, load_adapted, save_adapted
 
@@ -53,7 +54,7 @@ def naive_grid(values: list[float], deviations: float, bits: int) -> list[float]
     return [scale * (min(max(round(v / scale) + zero, 0), 2**bits - 1) - zero) for v in values]
 
 
-@pytest.mark.parametrize("granularity", adapters.GRANULARITIES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 8), st.sampled_from([0.5, 1.5, 3.0]), st.floats(-3, 3))
 def test_weights_are_rounded_as_number_by_number(granularity, seed, bits, deviations, shift):
@@ -73,7 +74,7 @@ def test_weights_of_zeros_and_float_weights_stay():
 
 
 @each_conv
-@pytest.mark.parametrize("granularity", adapters.GRANULARITIES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_full_rank_reproduces_the_float_convolution(options, granularity):
     conv, adapted, x = made(options, granularity=granularity)
     expected = conv(x)
