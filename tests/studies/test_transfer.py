@@ -1,17 +1,25 @@
 """Transfer of a supernet: equal passes, search without test images, and resuming."""
 
+import ast
+import inspect
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import yaml
 
+from mpqlib import data
+from mpqlib.models import create
 from mpqlib.network.bits import BitConfig
 from mpqlib.network.cost import bitops, bitops_at
 from mpqlib.report import claims
 from mpqlib.studies import transfer as study
 
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+PROFILES = sorted((NOTEBOOKS / "profiles").glob("08_transfer_*.yaml"))
 DATA = dict(image_size=8, train_images=120)
 RECIPE = dict(
     model="resnet8_cifar",
@@ -168,3 +176,25 @@ def test_unknown_options_are_refused():
 def test_all_classes_are_the_default(target):
     everything = study.load_classes("digits", **DATA)
     assert everything.classes == tuple("0123456789") and target.classes == ("7", "8")
+
+
+def notebook_parameters():
+    """The names and defaults of the notebook's parameters."""
+    cells = json.loads((NOTEBOOKS / "08_transfer.ipynb").read_text())["cells"]
+    (cell,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    body = ast.parse("".join(cell["source"])).body
+    return {line.targets[0].id: ast.literal_eval(line.value) for line in body}
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_profiles_name_parameters_data_sets_and_models_that_exist(path):
+    defaults, profile = notebook_parameters(), yaml.safe_load(path.read_text())
+    assert set(profile) <= set(defaults)  # papermill only warns of the others
+    parameters = defaults | profile
+    names = {setting.name for setting in fields(study.Recipe)}
+    study.Recipe(**{name: value for name, value in parameters.items() if name in names})
+    known = {**inspect.signature(data.load).parameters, **dict.fromkeys(["dataset", "classes"])}
+    for part in (parameters["source"], parameters["target"]):
+        assert part["dataset"] in data.DATASETS and set(part) <= set(known)
+        assert part["dataset"] != "npz" or set(part["classes"]) < set(data.CIFAR10)
+    create(parameters["model"], 2)
