@@ -238,7 +238,7 @@ class Transfer:
         }[network]
 
         def compute() -> list[dict]:
-            return [{"seed": seed} | row for row in measured(seed)]
+            return [{"seed": seed, "level": self.recipe.level} | row for row in measured(seed)]
 
         return remembered(self.folder / f"{network}-{seed}.json", asdict(self.recipe), compute)
 
