@@ -34,7 +34,7 @@ from ..training.loop import TrainConfig, train
 if TYPE_CHECKING:
     from IPython.display import Markdown
 
-NETWORKS = ("float", "transferred", "new")  # that are fine-tuned on the target
+FINE_TUNED = ("float", "transferred", "new")  # that are fine-tuned on the target
 COSTS = {"bitops_g": "BitOPs (G)", "size_mb": "size (MB)"}  # column of the metrics -> its head
 
 
@@ -230,7 +230,7 @@ class Transfer:
         ]
 
     def run(self, network: str, seed: int) -> list[dict]:
-        """Rows of one of NETWORKS and a seed, unless they are stored: trains it and measures it."""
+        """Trains one of FINE_TUNED and measures it, unless its rows are stored; returns the rows."""
         measured = {
             "float": self.measure_float,
             "transferred": self.measure_transferred,

@@ -60,7 +60,7 @@ def transfer(source, target, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(transfer):
-    found = [row for network in study.NETWORKS for row in transfer.run(network, 0)]
+    found = [row for network in study.FINE_TUNED for row in transfer.run(network, 0)]
     return pd.DataFrame(found).set_index("arm")
 
 
@@ -124,9 +124,9 @@ def test_transfer_starts_from_the_supernet_of_the_source(transfer, monkeypatch):
 
 def test_stored_rows_are_not_made_again(rows, transfer, monkeypatch):
     monkeypatch.setattr(study, "train", lambda *_, **__: pytest.fail("trained again"))
-    again = [row for network in study.NETWORKS for row in transfer.run(network, 0)]
+    again = [row for network in study.FINE_TUNED for row in transfer.run(network, 0)]
     assert json.dumps(again) == json.dumps(
-        [row for network in study.NETWORKS for row in transfer.run(network, 0)]
+        [row for network in study.FINE_TUNED for row in transfer.run(network, 0)]
     )
     assert [row["top1"] for row in again] == rows["top1"].tolist()
     other = replace(transfer, recipe=study.Recipe(**RECIPE | dict(search_images=8)))
