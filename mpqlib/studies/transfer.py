@@ -230,7 +230,7 @@ class Transfer:
         ]
 
     def run(self, network: str, seed: int) -> list[dict]:
-        """Trains one of FINE_TUNED and measures it, unless its rows are stored; returns the rows."""
+        """Rows of one of FINE_TUNED and a seed; trains and measures it unless they are stored."""
         measured = {
             "float": self.measure_float,
             "transferred": self.measure_transferred,
