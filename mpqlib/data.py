@@ -5,7 +5,7 @@ import reprlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import isfinite
 from numbers import Integral, Real
@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from sklearn.datasets import load_digits
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -669,6 +669,42 @@ def _in_memory(dataset: Images, size: int) -> InMemory:
         padding=crop.padding[0] if crop and crop.padding else 0,
         flip=v2.RandomHorizontalFlip in stages,
     )
+
+
+def select_classes(splits: Splits, names: Sequence[str]) -> Splits:
+    """The images of some classes of `splits`; their labels are the places in `names`.
+
+    Each split keeps the order of its images, so it is stratified if it was before.
+    Raises TypeError unless `names` is a list or tuple, and ValueError for fewer than two names, for
+    one that is repeated or no class, and for a split that would be empty.
+    """
+    _check("names", names, (list, tuple), f"two or more of {reprlib.repr(list(splits.classes))}")
+    unknown = [name for name in names if name not in splits.classes]
+    if unknown or len(names) < 2 or len(set(names)) < len(names):
+        raise ValueError(
+            f"names={names!r} is not allowed: two or more different ones of {list(splits.classes)}"
+        )
+    place = torch.full((len(splits.classes),), -1)  # -1: a class that is not selected
+    place[[splits.classes.index(name) for name in names]] = torch.arange(len(names))
+    images: dict[Tensor, Tensor] = {}  # splits can share a tensor: it is selected once
+
+    def select(part: Images | InMemory) -> Images | InMemory:
+        labels = place.to(part.labels.device)[part.labels]
+        chosen, labels = (labels >= 0).nonzero().squeeze(1), labels[labels >= 0]
+        if isinstance(part, InMemory):
+            if part.images not in images:
+                images[part.images] = part.images[chosen]
+            return replace(part, images=images[part.images], labels=labels)
+        stored = Subset(part.source.images, part.indices[chosen.numpy()].tolist())
+        source = Source(stored, labels.numpy(), tuple(names))
+        return replace(part, source=source, indices=np.arange(len(labels)))
+
+    parts = {f.name: getattr(splits, f.name) for f in fields(splits) if f.name != "classes"}
+    selected = {name: select(part) for name, part in parts.items()}
+    sizes = {name: len(part) for name, part in selected.items()}
+    if min(sizes.values()) == 0:
+        raise ValueError(f"names={names!r} leave a split empty: {sizes}")
+    return Splits(**selected, classes=tuple(names))
 
 
 def imagenet_val(root: str | Path = "data", image_size: int = 224, **view) -> Images:

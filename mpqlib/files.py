@@ -255,8 +255,8 @@ def load_weights(path: Path, model: nn.Module) -> dict:
     return about
 
 
-def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copies `tensors`, read from `path`, into the model.
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copies `tensors`, which come from `path` (a file, or words for it), into the model.
 
     Raises ValueError, with the first names, if tensors are missing, unexpected or of another shape,
     or if they differ where the model shares one tensor. The model is then unchanged.

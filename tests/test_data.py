@@ -885,3 +885,82 @@ def test_indices_outside_the_images_are_refused():
             dataset.batch([*right, wrong])
     x, y = dataset.batch([])
     assert x.shape == (0, 3, 8, 8) and y.shape == (0,)
+
+
+def pairs_of(dataset):
+    """All items as (pixels, label)."""
+    return [(image.flatten().tolist(), label) for image, label in dataset]
+
+
+def check_selected(splits, names):
+    """Compares `select_classes` with a plain loop over all items."""
+    selected = data.select_classes(splits, names)
+    assert selected.classes == tuple(names)
+    for part in ("calibration", "search", "test"):
+        items = pairs_of(getattr(splits, part))
+        expected = [
+            (image, names.index(splits.classes[label]))
+            for image, label in items
+            if splits.classes[label] in names
+        ]
+        found = getattr(selected, part)
+        assert pairs_of(found) == expected
+        assert found.labels.tolist() == [label for _, label in expected]
+    assert torch.equal(selected.train.labels, selected.calibration.labels)
+    return selected
+
+
+@pytest.mark.parametrize("names", [["7", "2", "5"], ["0", "9"], list("9876543210")])
+@pytest.mark.parametrize("get", [data.load, read_again])
+def test_selected_classes_are_those_of_a_plain_loop(get, names):
+    splits = get("digits", image_size=4)
+    selected = check_selected(splits, names)
+    for part in PARTS:  # the first images, too, are stratified
+        labels = getattr(selected, part).labels
+        for stretch in (labels, labels[: 10 * len(names)]):
+            assert np.ptp(np.bincount(stretch) / len(stretch)) < 0.1
+
+
+def test_classes_of_folders_are_selected(tmp_path):
+    for part in ("train", "test"):
+        paint_classes(tmp_path / part, ["ant", "bee", "cow"], 10)
+    splits = data.load("folder", tmp_path, 8)
+    selected = check_selected(splits, ["cow", "ant"])
+    assert len(selected.test) == 20 and not isinstance(selected.test, data.InMemory)
+    again = data.select_classes(selected, ["ant", "cow"])
+    assert pairs_of(again.test) == [(image, 1 - label) for image, label in pairs_of(selected.test)]
+
+
+def test_selected_classes_are_in_memory_once_and_augmented(digits):
+    selected = data.select_classes(digits, ["3", "8"])
+    assert selected.train.images is selected.calibration.images
+    assert selected.train.padding == digits.train.padding and not selected.calibration.padding
+    nbytes = selected.train.images.untyped_storage().nbytes()
+    assert nbytes == 3 * 24 * 24 * len(selected.train)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "message"),
+    [
+        ("01", TypeError, "names='01'"),
+        (["1"], ValueError, "two or more"),
+        (["1", "1"], ValueError, "different"),
+        (["1", "ten"], ValueError, "ten"),
+        ([1, 2], ValueError, "different ones"),
+    ],
+)
+def test_classes_that_cannot_be_selected_are_refused(digits, names, kind, message):
+    with pytest.raises(kind, match=message):
+        data.select_classes(digits, names)
+
+
+def test_a_split_without_images_of_the_classes_is_named(digits):
+    few = replace(
+        digits,
+        search=replace(
+            digits.search, images=digits.search.images[:1], labels=digits.search.labels[:1]
+        ),
+    )
+    others = [name for name in digits.classes if name != digits.classes[few.search.labels[0]]]
+    with pytest.raises(ValueError, match=r"leave a split empty.*'search': 0"):
+        data.select_classes(few, others)

@@ -134,7 +134,9 @@ def policies_plot(configs: Mapping[str, BitConfig], label: str) -> Figure:
             {text: [getattr(config[n], part) for n in names] for text, config in configs.items()},
             index=names,
         )
-        style = dict(cmap=list(COLOURS.values()), vmin=1.5, vmax=8.5, cbar=False, linewidths=0.5)
+        # One colour for each bit-width of the range; those above 8 share the last one.
+        colours = [COLOURS[b] for b in range(SMALLEST, 9)]
+        style = dict(cmap=colours, vmin=SMALLEST - 0.5, vmax=8.5, cbar=False, linewidths=0.5)
         sns.heatmap(bits, annot=True, annot_kws={"fontsize": 7}, ax=axis, **style)
         title = "weight bits" if part == "weight" else "activation bits"
         axis.set(title=title, xlabel=label, ylabel="layer" if part == "weight" else "")

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from mpqlib.network.bits import BitConfig
 from mpqlib.report import claims, plots
 
 
@@ -73,3 +74,14 @@ def test_more_arms_than_colours_are_all_drawn():
     found = claims.differences(pd.DataFrame(rows), "top1", "arm 0", "data")
     axis = plots.differences_plot(found, "data", "points", colours="compared").axes[0]
     assert len(axis.containers) == 11
+
+
+def test_a_bit_width_has_its_own_colour_in_policies():
+    widths = [2, 3, 4, 5, 6, 8, 16]
+    config = BitConfig.of({f"layer {b}": (b, b) for b in widths})
+    figure = plots.policies_plot({"one": config}, "budget")
+    figure.canvas.draw()
+    for axis in figure.axes:
+        drawn = [tuple(colour[:3]) for colour in axis.collections[0].get_facecolors()]
+        assert drawn == [pytest.approx(plots.COLOURS[b]) for b in widths]
+        assert len(set(drawn)) == len(widths) - 1  # 8 and 16 bits share one
