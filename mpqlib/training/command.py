@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 import yaml
 from torch import Tensor
@@ -203,10 +204,11 @@ class Enough(Exception):
     """A dry run has taken its steps; holds what `Speed.read` returned."""
 
 
-def rehearse(profile: Profile, supernet: Supernet, dataset: Dataset, device: torch.device) -> None:
+def rehearse(profile: Profile, supernet: Supernet, dataset: Dataset, device: torch.device) -> dict:
     """Trains the supernet for some steps, and says how long the training would take.
 
-    Raises ValueError if the whole training has fewer steps than a dry run needs.
+    Returns the settings that matter for speed and what was measured, as a row of a table. Raises
+    ValueError if the whole training has fewer steps than a dry run needs.
     """
     config, speeds = profile.supernet_config, []
 
@@ -224,9 +226,30 @@ def rehearse(profile: Profile, supernet: Supernet, dataset: Dataset, device: tor
         (found,) = enough.args
     total = config.epochs * (len(dataset) // config.batch_size)
     say(f"{describe_speed(found)}, in {TIMED} timed steps")
-    hours = total * found["seconds_per_step"] / 3600
+    hours, memory = total * found["seconds_per_step"] / 3600, memory_used(device) / 1e9
     say(f"{hours:.3g} hours are expected for {total} steps of the supernet")
-    say(f"{memory_used(device) / 1e9:.2f} GB of memory at most in the first process")
+    say(f"{memory:.2f} GB of memory at most in the first process")
+    return {
+        "model": profile.model,
+        "image_size": profile.image_size,
+        "batch_size": config.batch_size,
+        "processes": rank_and_size()[1],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "dtype": config.dtype,
+        "compile": config.compile,
+        "timed_steps": TIMED,
+        **found,
+        "hours": hours,
+        "memory_gb": memory,
+    }
+
+
+def append_row(path: Path, row: Mapping) -> None:
+    """Adds a row to the csv file `path`, which is made if it does not exist, atomically."""
+    table = pd.DataFrame([row])
+    if path.exists():
+        table = pd.concat([pd.read_csv(path), table])
+    save_atomically(path, lambda part: table.to_csv(part, index=False))
 
 
 def memory_used(device: torch.device) -> int:
@@ -257,11 +280,12 @@ def save_results(profile: Profile, supernet: Supernet, history: Sequence[dict]) 
     )
 
 
-def run_profile(profile: Profile, dry_run: bool = False) -> None:
+def run_profile(profile: Profile, dry_run: bool = False, timings: Path | None = None) -> None:
     """Trains the float network, then the supernet, as 03_train does; resumes from checkpoints.
 
-    `dry_run`: trains the supernet for a few steps, and writes nothing. Raises ValueError, and what
-    `train` raises, for settings that are not allowed.
+    `dry_run`: trains the supernet for a few steps, and writes nothing but a row of the csv file
+    `timings`, if it is given. Raises ValueError, and what `train` raises, for settings that are not
+    allowed.
     """
     p, folder = profile, Path(profile.output_dir)
     with process_group(p.device) as device:
@@ -277,7 +301,11 @@ def run_profile(profile: Profile, dry_run: bool = False) -> None:
             f"processes: {world} on {device.type}, {p.batch_size // world} images each in a step"
         )
         if dry_run:
-            rehearse(p, Supernet(network, examples.to(device), p.bits), dataset, device)
+            if timings:
+                check_writable(timings)
+            row = rehearse(p, Supernet(network, examples.to(device), p.bits), dataset, device)
+            if timings and rank_and_size()[0] == 0:
+                append_row(timings, row)
             return
         check_writable(folder / "supernet.safetensors")
         how = dict(device=device, workers=p.workers, about=p.about, watch=Log(p.log_dir))
@@ -300,14 +328,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--profile", type=Path, default=None, metavar="FILE")
-    parser.add_argument("--dry-run", action="store_true", help="time a few steps, write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="time a few steps, then stop")
+    timings = "csv file that a dry run adds a row to"
+    parser.add_argument("--timings", type=Path, default=None, metavar="FILE", help=timings)
     for name, value in asdict(Profile()).items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=yaml.safe_load, metavar="VALUE", help=f"default: {value}")
     options = vars(parser.parse_args(arguments))
     dry_run, path = options.pop("dry_run", False), options.pop("profile")
+    timings = options.pop("timings")
     try:
+        if timings and not dry_run:
+            raise ValueError(f"timings={str(timings)!r} needs --dry-run")
         profile = read_profile(path, options)
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
-    run_profile(profile, dry_run)
+    run_profile(profile, dry_run, timings)

@@ -73,7 +73,9 @@ def test_all_arms_choose_within_their_budgets(tmp_path):
     budgets = [bitops_at(supernet.table, level) for level in levels]
     for arm in study.ARMS:
         configs = study.choose_bits(supernet, x, y, budgets, arm, probes=64)
-        assert len(configs) == 3 and len(set(configs)) > 1
+        assert len(configs) == 3
+        if arm in ("SQNR list", "Hessian trace", "orthogonality"):  # more bits are never worse
+            assert len(set(configs)) == 3
         for config, budget in zip(configs, budgets, strict=True):
             supernet.check(config)
             assert bitops(supernet.table, config) <= budget

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -108,6 +109,26 @@ def test_dry_run_says_how_long_training_takes_and_writes_nothing(tiny, tmp_path,
     assert hours.endswith("hours are expected for 157020 steps of the supernet")
     assert 0.1 < float(memory.split()[0]) < 64 and " GB of memory" in memory
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_runs_add_rows_to_a_table(tiny, tmp_path, capsys):
+    command = ["--dry-run", "--dataset", "imagenet", "--image-size", "8", "--bits", "[2, 4]"]
+    command += ["--device", "cpu", "--training", "{compile: never}", "--epochs", "2"]
+    for batch in (8, 16):
+        file = tmp_path / "out" / "timings.csv"
+        main([*command, "--batch-size", str(batch), "--timings", str(file)])
+    rows = pd.read_csv(file)
+    assert rows["batch_size"].tolist() == [8, 16] and rows["processes"].eq(1).all()
+    steps = 2 * (1256167 // rows["batch_size"])
+    assert rows["hours"].tolist() == pytest.approx(
+        (steps * rows["seconds_per_step"] / 3600).tolist()
+    )
+    speed = rows["batch_size"] / rows["seconds_per_step"]
+    assert rows["images_per_second"].tolist() == pytest.approx(speed.tolist())
+    assert [path.name for path in file.parent.iterdir()] == ["timings.csv"]
+    with pytest.raises(SystemExit):
+        main(["--timings", "a.csv"])
+    assert "timings='a.csv' needs --dry-run" in capsys.readouterr().err
 
 
 def test_a_dry_run_of_too_few_steps_is_refused(tiny):
