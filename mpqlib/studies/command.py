@@ -19,6 +19,7 @@ from ..files import remembered, save_json
 from ..report.runs import Stopwatch
 from ..training.evaluation import select_device
 from ..training.loop import Run
+from .parameters import check_parameters
 from .processes import Deadline, OutOfTime, Team
 
 TIMED_STEPS = 20
@@ -28,8 +29,9 @@ def load_splits(setting: Any, root: str | Path, device: str | torch.device) -> S
     """The images of a study, decoded once, on the device.
 
     `setting`: has the fields `dataset`, `image_size`, `search_share` and `train_images`. `root`: as
-    in `data.load`.
+    in `data.load`. Raises ValueError as `data.load` does.
     """
+    check_parameters(data_root=root)
     how = dict(search_share=setting.search_share, train_images=setting.train_images)
     return data.load(setting.dataset, root, setting.image_size, **how).to(device)
 

@@ -13,7 +13,7 @@ from ..models import create, is_torchvision
 from ..network.bits import LARGEST, SMALLEST
 from ..training.loop import TrainConfig
 
-MOST = 10**9  # what is larger is a slip of the pen
+_MOST = 10**9  # what is larger is a slip of the pen
 
 
 class Rule(NamedTuple):
@@ -23,7 +23,7 @@ class Rule(NamedTuple):
     holds: Callable[[object], bool]
 
 
-def whole(least: int, most: int = MOST) -> Rule:
+def whole(least: int, most: int = _MOST) -> Rule:
     """A whole number. True and False are none."""
 
     def holds(value: object) -> bool:
@@ -34,12 +34,12 @@ def whole(least: int, most: int = MOST) -> Rule:
 
 
 def number(least: float) -> Rule:
-    """A number from `least` to MOST. True and False are none."""
+    """A number from `least` to _MOST. True and False are none."""
 
     def holds(value: object) -> bool:
-        return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= MOST
+        return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= _MOST
 
-    return Rule(f"a number from {least} to {MOST}", holds)
+    return Rule(f"a number from {least} to {_MOST}", holds)
 
 
 def one_of(names: Collection[str]) -> Rule:
@@ -68,7 +68,7 @@ def entries(**rules: Rule) -> Rule:
     return Rule(f"a dict of {listed}", holds)
 
 
-def named(rule: Rule, least: int = 1, most: int = MOST) -> Rule:
+def named(rule: Rule, least: int = 1, most: int = _MOST) -> Rule:
     """A dict of at least so many names, each with a value that `rule` allows."""
 
     def holds(value: object) -> bool:
@@ -108,7 +108,7 @@ SHARE = Rule("a number between 0 and 1", lambda value: number(0).holds(value) an
 LEVELS = items(number(1))
 
 # The rule of each parameter that several studies have.
-RULES = {
+_RULES = {
     "model": MODEL,
     "dataset": one_of(DATASETS),
     "data_root": PLACE,
@@ -151,7 +151,7 @@ def check_parameters(rules: Mapping[str, Rule] | None = None, /, **parameters: o
     `rules`: of parameters that only this study has, or for which it allows other values. Raises
     TypeError for an unknown option in `training` or `float_training`.
     """
-    rules = RULES | (rules or {})
+    rules = _RULES | (rules or {})
     for name, value in parameters.items():
         if not rules[name].holds(value):
             raise ValueError(f"{name}={value!r} is not allowed: {rules[name].allowed}")
