@@ -59,7 +59,10 @@ class Setting:
 
     def __post_init__(self):
         check_parameters({"arms": NAMED_ARMS}, **vars(self))
-        check_options(**self.search)
+        try:
+            check_options(**self.search)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"search: {error}") from error
         if min(self.levels) < min(self.bits):
             least = f"each at least {min(self.bits)}, the smallest of bits"
             raise ValueError(f"levels={self.levels!r} is not allowed: {least}")
