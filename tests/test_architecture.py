@@ -43,6 +43,7 @@ WINGS = {
     "search": ["error", "limits", "moves", "greedy", "baselines", "sensitivity", "assignment"],
     "report": ["intervals", "tables", "runs", "policy", "paper", "results", "claims", "plots"],
     "studies": [
+        "parameters",
         "train",
         "interference",
         "latent_distance",

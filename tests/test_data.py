@@ -122,6 +122,8 @@ def test_cap_and_share_leave_the_other_splits_alone(read_digits):
     ("value", "message"),
     [
         (dict(name="mnist"), "name='mnist'.*'digits', 'fashion-mnist'"),
+        (dict(name=["digits"]), r"name=\['digits'\].*'digits', 'fashion-mnist'"),
+        (dict(name=None), "name=None.*'digits', 'fashion-mnist'"),
         (dict(image_size=0), "image_size=0 is not allowed"),
         (dict(search_share=1.0), r"search_share=1\.0 is not allowed"),
         (dict(search_share=float("nan")), "search_share=nan is not allowed"),
@@ -173,6 +175,15 @@ def test_refuses_values_of_another_type(value):
     ((name, given),) = value.items()
     with pytest.raises(TypeError, match=re.escape(f"{name}={given!r} is not allowed: ")):
         data.load("digits", **value)
+
+
+@pytest.mark.parametrize("root", [None, 3, ["a"]])
+def test_refuses_a_root_that_is_no_path(root):
+    for name in ("digits", "folder", "npz"):
+        with pytest.raises(TypeError, match=re.escape(f"root={root!r} is not allowed: a folder")):
+            data.load(name, root)
+    with pytest.raises(TypeError, match=re.escape(f"root={root!r} is not allowed: a folder")):
+        data.imagenet_val(root)
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
@@ -254,13 +265,77 @@ def test_imagenet_labels_come_from_the_full_list(imagenet):
     assert [validation[i][1] for i in range(3)] == [0, 1, 999]
 
 
-def test_imagenet_refuses_unknown_folders_and_missing_training_images(imagenet):
-    paint(imagenet / "val" / "n99999999" / "0.JPEG")
-    with pytest.raises(ValueError, match="n99999999"):
-        data.imagenet_val(imagenet)
-    (imagenet / "train").rename(imagenet / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="imagenet_val"):
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_imagenet_refuses_folders_of_other_classes(part, imagenet):
+    paint(imagenet / part / "n99999999" / "0.JPEG")
+    refused = rf"{imagenet}/{part} has folders that are not classes: \['n99999999'\]; .*'n01440764'"
+    with pytest.raises(ValueError, match=refused):
         data.load("imagenet", imagenet)
+    if part == "val":
+        with pytest.raises(ValueError, match=refused):
+            data.imagenet_val(imagenet)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_imagenet_names_a_missing_folder_and_the_layout(part, imagenet):
+    (imagenet / part).rename(imagenet / "elsewhere")
+    missing = (
+        rf"no folder {imagenet}/{part}; expected train/<wnid>/\* .*imagenet_val needs val alone"
+    )
+    with pytest.raises(FileNotFoundError, match=missing):
+        data.load("imagenet", imagenet)
+    if part == "val":
+        with pytest.raises(FileNotFoundError, match=missing):
+            data.imagenet_val(imagenet)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("file", [None, "readme.txt", "0.JPEG.part"])
+def test_imagenet_names_a_class_folder_without_images(part, file, imagenet):
+    folder = imagenet / part / "n01484850"
+    folder.mkdir()
+    if file:
+        (folder / file).write_bytes(b"no image")
+    with pytest.raises(FileNotFoundError, match=rf"{imagenet}/{part} must .*{folder.name}.*\.jpeg"):
+        data.load("imagenet", imagenet)
+    if part == "val":
+        with pytest.raises(FileNotFoundError, match=rf"{imagenet}/val must .*n01484850.*\.jpeg"):
+            data.imagenet_val(imagenet)
+
+
+@pytest.mark.parametrize("content", [None, b"garbage", b""], ids=["truncated", "garbage", "empty"])
+def test_damaged_file_of_imagenet_is_named_through_workers(content, imagenet):
+    broken = imagenet / "val" / "n15075141" / "0.JPEG"
+    broken.write_bytes(broken.read_bytes()[:300] if content is None else content)
+    for images in (data.load("imagenet", imagenet, 8).test, data.imagenet_val(imagenet, 8)):
+        with pytest.raises(ValueError, match=f"{broken} cannot be read as an image"):
+            list(data.loader(images, 1, workers=2))
+
+
+ONE_COLOUR = {
+    "L.JPEG": ("L", ("grey", 90)),
+    "CMYK.JPEG": ("CMYK", ("cmyk", 10, 200, 90, 40)),
+    "RGB.JPEG": ("RGB", ("rgb", 200, 30, 90)),
+    "LA.png": ("LA", ("alpha", 90, 128)),
+    "RGBA.png": ("RGBA", ("alpha", 200, 30, 90, 128)),
+    "P.png": ("P", ("rgb", 200, 30, 90)),
+    "16.png": ("I;16", ("16", 40_000)),
+    "float.tiff": ("F", ("float", 0.3)),
+}
+
+
+def test_imagenet_files_of_any_mode_are_read_through_workers(tmp_path):
+    folder = tmp_path / "val" / "n01440764"
+    folder.mkdir(parents=True)
+    for name, (mode, (_, *values)) in ONE_COLOUR.items():
+        image = Image.new(mode, (20, 14), tuple(values) if len(values) > 1 else values[0])
+        image.save(folder / name, **(dict(quality=100) if name.endswith("JPEG") else {}))
+    images = data.imagenet_val(tmp_path, 8, mean=(0, 0, 0), std=(1, 1, 1))
+    expected = [naive(ONE_COLOUR[name][1]) for name in sorted(ONE_COLOUR)]
+    read = torch.cat([x for x, _ in data.loader(images, 3, workers=2)])
+    found = 255 * read.permute(0, 2, 3, 1).numpy()  # NCHW -> NHWC
+    assert found.shape == (len(ONE_COLOUR), 8, 8, 3)
+    assert np.abs(found - np.array(expected)[:, None, None]).max() <= 3  # JPEG's loss
 
 
 def test_evaluation_keeps_the_centre(tmp_path):
@@ -588,6 +663,10 @@ def test_loader_refuses_batches_that_do_not_fit(digits):
     for value in ("64", 64.0, True):
         with pytest.raises(TypeError, match=f"batch_size={value!r} is not allowed"):
             data.loader(digits.search, value)
+        with pytest.raises(TypeError, match=f"workers={value!r} is not allowed"):
+            data.loader(digits.search, 64, workers=value)
+    with pytest.raises(ValueError, match="workers=-1 is not allowed: a whole number from 0"):
+        data.loader(digits.search, 64, workers=-1)
 
 
 def jpegs(count, seed):
@@ -654,6 +733,7 @@ class Payload:
         ("test_labels", np.zeros(5, int)),
         ("test_labels", np.zeros(6)),
         ("classes", np.array([1, 2])),
+        ("classes", np.array(["cat", "cat"])),
     ],
 )
 def test_npz_file_that_does_not_fit_is_refused(name, array, tmp_path):
@@ -697,6 +777,34 @@ def test_damaged_image_of_an_npz_file_is_named(tmp_path):
     test = read_again("npz", tmp_path / "a.npz").test
     with named:
         test[2]
+
+
+def write_one(path, image, kind):
+    """A .npz file whose only test image is `image`, a file of this kind."""
+    image.save(file := io.BytesIO(), kind, quality=100)
+    array = np.frombuffer(file.getvalue(), np.uint8)
+    only = dict(jpeg=array, offsets=np.array([0, len(array)]), labels=np.array([1]))
+    write_npz(path, **{f"test_{name}": value for name, value in only.items()})
+
+
+@pytest.mark.parametrize("name", ["L.JPEG", "CMYK.JPEG", "RGB.JPEG"])
+def test_every_mode_of_jpeg_in_an_npz_file_is_read_rightly(name, tmp_path):
+    mode, pixel = ONE_COLOUR[name]
+    colour = pixel[1:] if len(pixel) > 2 else pixel[1]
+    write_one(tmp_path / "a.npz", Image.new(mode, (8, 8), colour), "JPEG")
+    for get in (data.load, read_again):
+        image, _ = get("npz", tmp_path / "a.npz", 8, **BLACK_IS_0).test[0]
+        assert (255 * image.permute(1, 2, 0) - torch.tensor(naive(pixel))).abs().max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["P", "I;16", "RGBA"])
+def test_other_files_than_jpeg_in_an_npz_file_are_named(mode, tmp_path):
+    write_one(tmp_path / "a.npz", Image.new(mode, (8, 8)), "PNG")
+    named = pytest.raises(ValueError, match=r"image 0 of .*a\.npz cannot be read")
+    with named:
+        data.load("npz", tmp_path / "a.npz")
+    with named:
+        list(data.loader(read_again("npz", tmp_path / "a.npz").test, 1, workers=2))
 
 
 BLACK_IS_0 = dict(mean=(0, 0, 0), std=(1, 1, 1))

@@ -32,6 +32,7 @@ from mpqlib.files import (
     save_atomically,
     save_json,
     save_state,
+    save_together,
     save_weights,
 )
 from mpqlib.network.supernet import Supernet
@@ -364,6 +365,8 @@ def test_a_path_that_cannot_be_written_is_named(name, tmp_path):
     before = set(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=f"{name} cannot be written"):
         save_json(tmp_path / name, 1)
+    with pytest.raises(ValueError, match=f"{name} cannot be written"):
+        remembered(tmp_path / name, ABOUT, forget)
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -375,10 +378,25 @@ def broken(part):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "a" / "x.json"
     save_json(file, {"a": 1})
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match=r"x\.json cannot be written: disk full"):
         save_atomically(file, broken)
     assert json.loads(file.read_text()) == {"a": 1}
     assert [p.name for p in file.parent.iterdir()] == ["x.json"]
+
+
+def test_files_that_are_written_together_stay_together(tmp_path):
+    writers = {tmp_path / name: lambda part: part.write_text("new") for name in "abc"}
+    for name in "ab":
+        (tmp_path / name).write_text("old")
+    with pytest.raises(ValueError, match="c cannot be written: disk full"):
+        save_together(writers | {tmp_path / "c": broken})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        "ab", "old"
+    )
+    save_together(writers)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        "abc", "new"
+    )
 
 
 # Imports files.py alone, because the whole package takes seconds.

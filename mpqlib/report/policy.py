@@ -79,16 +79,23 @@ def save_policy(
     Replaces an earlier policy
     in `folder`; after an interruption, either the earlier or the new one loads. Raises ValueError,
     before anything is written, if `config` does not fit the supernet, if batch norms hold
-    statistics of another configuration, if a step size is 0, or for `about` that cannot be stored.
+    statistics of another configuration, if a step size is 0, or for `about` that cannot be stored;
+    and if a file cannot be written, which leaves the earlier policy as it was.
     """
     folder, about = Path(folder), plain(dict(about or {}), "about")
     check_statistics(supernet, config)
     new = folder / f"new.{WEIGHTS}"
     sha256 = save_weights(new, supernet, about)
     staged = _staged(folder, sha256)
+    is_known = staged.exists()  # an interrupted call left them: a policy.json may refer to them
     new.replace(staged)
     # This replaces the earlier policy. Until then, its weights must stay in their place.
-    save_json(folder / POLICY, describe_policy(supernet, config, sha256, about))
+    try:
+        save_json(folder / POLICY, describe_policy(supernet, config, sha256, about))
+    except ValueError:  # the disk is full: weights that nothing refers to would take space
+        if not is_known:
+            staged.unlink()
+        raise
     staged.replace(folder / WEIGHTS)
     for left in folder.glob(_staged(folder, "*").name):  # by interrupted calls
         left.unlink()

@@ -16,7 +16,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from ..files import save_atomically, save_json
+from ..files import save_json, save_together, write_json
 from ..network.bits import BitConfig
 from ..network.cost import bitops, model_size
 from ..network.supernet import Supernet
@@ -172,21 +172,25 @@ def save_run(
 ) -> None:
     """Writes parameters.yaml, metrics.csv, provenance.json, figures and documents into `folder`.
 
-    `source`: from `provenance`. `figures` become PNG files, `documents` JSON files. Each file is
-    written atomically. Figures of an earlier run in this folder that this run does not draw are
-    removed; provenance.json lists the figures of a run.
+    `source`: from `provenance`. `figures` become PNG files, `documents` JSON files. Figures of an
+    earlier run in this folder that this run does not draw are removed; provenance.json lists the
+    figures of a run. Raises ValueError if a file cannot be written; an earlier run is then whole.
     """
     folder = Path(folder)
+    left = _earlier_figures(folder) - set(figures)
     text = yaml.safe_dump(dict(parameters), sort_keys=False)
-    for name in _earlier_figures(folder) - set(figures):
-        (folder / f"{name}.png").unlink(missing_ok=True)
     documents = {"provenance": {**source, "figures": list(figures)}, **documents}
-    save_atomically(folder / "parameters.yaml", lambda part: part.write_text(text))
-    save_atomically(folder / "metrics.csv", lambda part: metrics.to_csv(part, index=False))
+    writers = {
+        "parameters.yaml": lambda part: part.write_text(text),
+        "metrics.csv": lambda part: metrics.to_csv(part, index=False),
+    }
     for name, document in documents.items():
-        save_json(folder / f"{name}.json", document)
+        writers[f"{name}.json"] = partial(write_json, value=document)
     for name, figure in figures.items():
-        save_atomically(folder / f"{name}.png", partial(figure.savefig, format="png", dpi=150))
+        writers[f"{name}.png"] = partial(figure.savefig, format="png", dpi=150)
+    save_together({folder / name: write for name, write in writers.items()})
+    for name in left:
+        (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def _earlier_figures(folder: Path) -> set[str]:

@@ -3,17 +3,15 @@
 import inspect
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
-from math import inf
-from numbers import Integral, Real
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import nn
 
-from ..network.bits import check_bits
 from ..network.supernet import Supernet
 from ..search.greedy import check_options
 from ..training.loop import TrainConfig
+from .parameters import Rule, check_parameters, check_training
 
 # The four arms of RFQuant's Table 6: name -> options of TrainConfig and of Supernet.
 ARMS = {
@@ -22,15 +20,10 @@ ARMS = {
     "IDM": {"training": {"scheduler": False, "idm": True}},
     "both": {"training": {"scheduler": True, "idm": True}},
 }
-# Smallest value of the whole numbers in Setting.
-LEAST_VALUES = {
-    "train_images": 1,
-    "image_size": 1,
-    "float_epochs": 0,
-    "epochs": 0,
-    "search_images": 1,
-    "recalibration_images": 2,
-}
+NAMED_ARMS = Rule(
+    'a dict of arms, such as {"no IDM": {"training": {"idm": False}}}',
+    lambda value: isinstance(value, Mapping) and len(value) > 0,
+)
 # Configurations that are measured, in this order, and the settings that they do not depend on.
 KINDS = {
     "uniform": {"levels", "search", "search_images"},
@@ -65,15 +58,20 @@ class Setting:
     recalibration_images: int = 2000  # training images for batch-norm statistics
 
     def __post_init__(self):
-        for setting in fields(self):
-            _check_setting(setting.name, getattr(self, setting.name))
-        check_options(**self.search)
+        check_parameters({"arms": NAMED_ARMS}, **vars(self))
+        try:
+            check_options(**self.search)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"search: {error}") from error
+        if min(self.levels) < min(self.bits):
+            least = f"each at least {min(self.bits)}, the smallest of bits"
+            raise ValueError(f"levels={self.levels!r} is not allowed: {least}")
         for name in ("uniform", "primary"):
             measured = self.bits if name == "uniform" else self.uniform_bits
             if not set(getattr(self, name) or measured) <= set(measured):
                 chosen = getattr(self, name)
                 raise ValueError(f"{name}={chosen!r} is not allowed: some of {list(measured)}")
-        _check_training("float_training", self.training | self.float_training)
+        check_training("float_training", self.training | self.float_training)
         for name, options in self.arms.items():
             _check_arm(self, name, options)
 
@@ -117,48 +115,6 @@ class Setting:
         return TrainConfig(epochs=self.epochs, seed=seed, **options)
 
 
-def _is_number(value: object, kind: type, least: float) -> bool:
-    """Whether a value is a finite number of a kind (Integral or Real), at least `least`."""
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < inf
-
-
-def _check_setting(name: str, value: object) -> None:
-    """Raises ValueError if a setting has a value that is not allowed."""
-    if name == "bits":
-        check_bits(name, value)
-        return
-    if value is None and name in ("train_images", "uniform", "primary"):
-        return
-    if name in LEAST_VALUES:
-        right = _is_number(value, Integral, LEAST_VALUES[name])
-        allowed = f"a whole number, at least {LEAST_VALUES[name]}"
-    elif name in ("model", "dataset"):
-        right, allowed = isinstance(value, str), "a name"
-    elif name in ("search", "training", "float_training"):
-        right, allowed = isinstance(value, Mapping), "a dict of options, such as {}"
-    elif name == "arms":
-        right = isinstance(value, Mapping) and len(value) > 0
-        allowed = 'a dict of arms, such as {"no IDM": {"training": {"idm": False}}}'
-    elif name == "search_share":
-        right, allowed = _is_number(value, Real, 0) and 0 < value < 1, "a number between 0 and 1"
-    else:  # levels, uniform, primary
-        kind = Real if name == "levels" else Integral
-        right = isinstance(value, (list, tuple)) and all(_is_number(v, kind, 1) for v in value)
-        right, allowed = right and len(value) > 0, "one or more numbers, such as [2, 3]"
-    if not right:
-        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
-
-
-def _check_training(name: str, options: Mapping) -> None:
-    """Raises TypeError or ValueError, with `name`, for options that TrainConfig does not take."""
-    if own := sorted({"epochs", "seed"} & set(options)):
-        raise ValueError(f"{name}: {own} are not allowed: the study sets them")
-    try:
-        TrainConfig(**options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
 def _check_arm(setting: Setting, name: str, options: object) -> None:
     """Raises TypeError or ValueError, with the name of the arm, for options that do not exist."""
     if not isinstance(name, str) or not name.replace(" ", "").replace("_", "").isalnum():
@@ -166,7 +122,7 @@ def _check_arm(setting: Setting, name: str, options: object) -> None:
     if not isinstance(options, Mapping) or not set(options) <= {"training", "supernet"}:
         allowed = 'a dict of "training" and "supernet", each a dict of options'
         raise ValueError(f"arm {name!r}: {options!r} is not allowed: {allowed}")
-    _check_training(f"arm {name!r}", setting.training | options.get("training", {}))
+    check_training(f"arm {name!r}", setting.training | options.get("training", {}))
     own = dict(options.get("supernet", {}))
     known = inspect.signature(Supernet).parameters.values()
     known = [parameter.name for parameter in known if parameter.kind is parameter.KEYWORD_ONLY]

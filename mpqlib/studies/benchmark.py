@@ -39,6 +39,7 @@ from ..training.loop import Run, TrainConfig, update
 from ..training.scheduler import turbulence
 from ..training.speed import seconds
 from ..training.step import OneShotStep
+from .parameters import MODEL, Rule, items, number, one_of, whole
 
 
 def ratios(task: Callable[[], object], base: Callable[[], object], repeats: int) -> list[float]:
@@ -61,6 +62,16 @@ def setting(
 
 # How torch.compile runs the passes of a step. "captured": CUDA replays one captured graph.
 MODES = {"eager": None, "compiled": "default", "captured": "reduce-overhead"}
+
+
+BENCHMARK_RULES = {
+    "models": items(MODEL),
+    "modes": items(one_of(MODES)),
+    "elements": whole(1),
+    "search_models": items(MODEL),
+    "literal_models": items(MODEL, least=0),
+    "level": Rule("a number from 3 to 6", lambda value: number(3).holds(value) and value <= 6),
+}
 
 
 def one_shot_run(supernet: Supernet, batch: int, mode: str) -> Run:

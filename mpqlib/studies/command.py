@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -18,43 +18,20 @@ from ..data import Splits
 from ..files import remembered, save_json
 from ..report.runs import Stopwatch
 from ..training.evaluation import select_device
-from ..training.loop import RANGES, Run, TrainConfig
+from ..training.loop import Run
+from .parameters import check_parameters
 from .processes import Deadline, OutOfTime, Team
 
 TIMED_STEPS = 20
-LARGEST_SEED = RANGES["seed"][1]
-
-
-def check_seeds(seeds: list[int]) -> None:
-    """Raises ValueError unless `seeds` is a list of whole numbers from 0, each of them once."""
-    whole = isinstance(seeds, list) and all(
-        type(s) is int and 0 <= s <= LARGEST_SEED for s in seeds
-    )
-    if not whole or not seeds:
-        raise ValueError(f"seeds={seeds!r} is not allowed: a list of whole numbers from 0")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={seeds!r} is not allowed: none may stand twice")
-
-
-def check_training(name: str, options: Mapping, own: Sequence[str]) -> None:
-    """Raises ValueError unless `options`, the parameter `name`, are options of TrainConfig by name.
-
-    `own`: names of those that the study sets itself.
-    """
-    if not isinstance(options, Mapping):
-        raise ValueError(f"{name}={options!r} is not allowed: options of TrainConfig by name")
-    known = [field.name for field in fields(TrainConfig) if field.name not in own]
-    if wrong := [key for key in options if key not in known]:
-        raise ValueError(f"{name}={options!r}: {wrong[0]!r} is not allowed: one of {known}")
-    TrainConfig(**options)
 
 
 def load_splits(setting: Any, root: str | Path, device: str | torch.device) -> Splits:
     """The images of a study, decoded once, on the device.
 
     `setting`: has the fields `dataset`, `image_size`, `search_share` and `train_images`. `root`: as
-    in `data.load`.
+    in `data.load`. Raises ValueError as `data.load` does.
     """
+    check_parameters(data_root=root)
     how = dict(search_share=setting.search_share, train_images=setting.train_images)
     return data.load(setting.dataset, root, setting.image_size, **how).to(device)
 
@@ -121,7 +98,7 @@ class Command:
             raise ValueError(
                 f"{given.profile} is no profile: fields of {setting.__name__} and a list of seeds"
             )
-        check_seeds(profile["seeds"])
+        check_parameters(seeds=profile["seeds"])
         output = profile.pop("output_dir", None)
         seeds, most = profile.pop("seeds"), profile.pop("most_epochs", None)
         root = profile.pop("data_root", "data")

@@ -38,8 +38,8 @@ from ..search.limits import check_count
 from ..training.evaluation import decoded, evaluate
 from ..training.loop import TrainConfig, train
 from .adapters import FLOAT_BITS, convolutions
-from .command import check_seeds, check_training
 from .imagenet import CLASSES, load_halves
+from .parameters import check_parameters, check_training
 from .ranks import check_cora_options, cora
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class AdapterSetting:
                 raise ValueError(f"equal_bits[{name!r}]={size!r} is not allowed: bits a weight")
         if "mixed" in self.equal_bits:
             self._check_mixed(self.equal_bits["mixed"])
-        check_seeds(self.seeds)
+        check_parameters(seeds=self.seeds)
 
     def _check_mixed(self, size: int) -> None:
         """Raises ValueError unless bits, equal or mixed, and adapters fit into `size`."""

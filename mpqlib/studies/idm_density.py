@@ -29,6 +29,7 @@ from ..training.distortion import reading
 from ..training.evaluation import batch_norms, batch_statistics, evaluate, recalibrate
 from ..training.loop import TrainConfig, train
 from ..training.step import idm_gradient_share
+from .parameters import MODEL, NAME, Rule, check_layers, check_subset, items, named, number, whole
 
 
 def jensen_shannon(a: Tensor, b: Tensor, bins: int = 200) -> float:
@@ -124,6 +125,40 @@ def idm_share(
     configs = [sample(supernet.candidates, generator) for _ in range(3)]
     step = (supernet, x.to(device), y.to(device), supernet.candidates, configs)
     return idm_gradient_share(*step, weight)
+
+
+PAIR = Rule(
+    "two whole numbers from 1",
+    lambda value: (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(map(whole(1, 100).holds, value))
+    ),
+)
+IDM_RULES = {
+    "arms": named(number(0)),
+    "bits": items(whole(2, 8), least=2),
+    "imagenet_model": MODEL,
+    "imagenet_layers": items(NAME),
+    "crops": PAIR,
+}
+
+
+def check_compared(
+    model: str,
+    layer: str,
+    arms: Mapping[str, float],
+    imagenet_model: str,
+    imagenet_layers: Sequence,
+) -> None:
+    """Raises ValueError for parameters of the notebook that do not fit together.
+
+    `layer` and `imagenet_layers` must be convolutions of their models, and `arms` have "no IDM" and
+    "IDM", which the paper compares.
+    """
+    check_subset("arms", ["no IDM", "IDM"], arms)
+    check_layers("layer", [layer], model)
+    check_layers("imagenet_layers", imagenet_layers, imagenet_model)
 
 
 def compare_weights(

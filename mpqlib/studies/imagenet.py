@@ -36,6 +36,7 @@ from ..search.proxies import hessian_table, lower_by_list, noise_error, orthogon
 from ..search.sensitivity import Sensitivity, measure_sensitivity
 from ..training.calibration import fit_steps
 from ..training.evaluation import copy_statistics, correct_means, decoded, evaluate, recalibrate
+from .parameters import PLACE, Rule, check_parameters, items, one_of, optional, whole
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -52,6 +53,25 @@ ARMS = (
     "Hessian trace",
     "orthogonality",
 )
+
+
+def _are_settings(value: object) -> bool:
+    def is_setting(pair: object) -> bool:
+        right = isinstance(pair, (list, tuple)) and len(pair) == 2
+        return right and pair[0] in GRANULARITIES and pair[1] in NORMS
+
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_setting, value))
+
+
+SETTINGS_RULE = Rule(f"a list of pairs, of {GRANULARITIES} and of {NORMS}", _are_settings)
+IMAGENET_RULES = {
+    "data_root": optional(PLACE),
+    "checkpoint": optional(PLACE),
+    "settings": SETTINGS_RULE,
+    "arms": items(one_of(ARMS)),
+    "granularity": one_of(GRANULARITIES),
+    "probes": whole(1),
+}
 
 
 @dataclass(frozen=True)
@@ -287,23 +307,12 @@ class Calibrated:
         return remembered(self.folder / f"{name}.json", told, compute)
 
 
-def check_pairs(settings: Sequence[Sequence[str]]) -> None:
-    """Raises ValueError unless `settings` holds pairs of a granularity and one of NORMS."""
-    for pair in settings if isinstance(settings, (list, tuple)) else [settings]:
-        right = isinstance(pair, (list, tuple)) and len(pair) == 2
-        if not right or pair[0] not in GRANULARITIES or pair[1] not in NORMS:
-            raise ValueError(
-                f"settings={settings!r} is not allowed: pairs of one of {GRANULARITIES} and one of "
-                f"{NORMS}"
-            )
-
-
 def measure_settings(subject: Calibrated, settings: Sequence[Sequence[str]]) -> list[dict]:
     """Accuracy in float and with uniform bits: one row per setting and bits.
 
     `settings`: pairs of a granularity of weights and one of NORMS. Raises ValueError for others.
     """
-    check_pairs(settings)
+    check_parameters({"settings": SETTINGS_RULE}, settings=settings)
     rows = []
     for granularity in dict.fromkeys(granularity for granularity, _ in settings):
         supernet = subject.prepare(granularity)

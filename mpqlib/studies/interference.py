@@ -1,7 +1,7 @@
 """Bit-width interference in a regression with two weights (RFQuant, Fig. 1)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -18,6 +18,7 @@ from ..network.quantizer import integer_range
 from ..report.claims import differences
 from ..report.paper import Claim
 from ..report.plots import ARM_COLOURS, COLOURS
+from .parameters import OPTIONS, TRUTH, Rule, check_parameters, items, named, number, whole
 
 MEASURED = 4  # bits of the first pass, whose gradient is measured
 WEIGHT_RANGE = 1.0  # where the grids of all bit-widths end
@@ -45,6 +46,23 @@ SIGN_COLOURS = {
 }
 
 
+SECOND_PASS = items(whole(2, 8), least=0)
+BELOW_1 = Rule("a number from 0, below 1", lambda value: number(0).holds(value) and value < 1)
+POSITIVE = Rule("a number above 0", lambda value: number(0).holds(value) and value > 0)
+SETTINGS = {
+    "seeds": whole(1, 10_000),
+    "steps": whole(4, 10_000_000),
+    "batch": whole(1, 1_000_000),
+    "full_batch": TRUTH,
+    "lr": POSITIVE,
+    "momentum": BELOW_1,
+    "noise": number(0),
+    "alone": SECOND_PASS,
+    "shared": SECOND_PASS,
+    "random_start": TRUTH,
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of one experiment; raises ValueError for a value that is not allowed.
@@ -67,18 +85,27 @@ class Settings:
     random_start: bool = False
 
     def __post_init__(self):
-        rules = {
-            "steps": (self.steps >= 4, "a whole number from 4"),
-            "batch": (self.batch >= 1, "a whole number from 1"),
-            "lr": (self.lr > 0, "a number above 0"),
-            "momentum": (0 <= self.momentum < 1, "a number from 0, below 1"),
-            "noise": (self.noise >= 0, "a number from 0"),
-            "alone": (set(self.alone) <= set(range(2, 9)), "bit-widths from 2 to 8"),
-            "shared": (set(self.shared) <= set(range(2, 9)), "bit-widths from 2 to 8"),
-        }
-        for name, (holds, allowed) in rules.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {allowed}")
+        check_parameters(SETTINGS, **vars(self))
+
+
+def set_ups(
+    base: Settings, secondary: Mapping, variants: Mapping[str, Mapping]
+) -> dict[str, Settings]:
+    """All set-ups by name: `base` is "primary", and the others change it.
+
+    `secondary`: what "full batch" changes. `variants`: name -> what else to change in `base`.
+    Raises ValueError, with the parameter, for a change that Settings does not allow.
+    """
+    rules = {"secondary": OPTIONS, "variants": named(OPTIONS, least=0)}
+    check_parameters(rules, secondary=secondary, variants=variants)
+    cases = {"primary": base}
+    for name, change in {"full batch": secondary, **variants}.items():
+        parameter = "variants" if name in variants else "secondary"
+        try:
+            cases[name] = replace(base, **change)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{parameter}: {change!r} is not allowed: {error}") from error
+    return cases
 
 
 class Problem(NamedTuple):

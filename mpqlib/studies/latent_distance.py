@@ -21,6 +21,7 @@ from ..report.intervals import t_bounds
 from ..report.plots import COLOURS
 from ..training.evaluation import evaluate
 from ..training.loop import Run, TrainConfig, train
+from .parameters import BITS, check_layers, check_subset, items, named, whole
 
 
 def pointwise(supernet: Supernet) -> list[str]:
@@ -84,6 +85,25 @@ def late_half(series: pd.DataFrame) -> pd.DataFrame:
     by = late.groupby(["layer", "bits"], sort=False)
     columns = dict(distance=("distance", "mean"), spread=("distance", roughness))
     return by.agg(**columns, flips=("flips", "mean")).reset_index()
+
+
+LATENT_RULES = {
+    "arms": named(BITS, 2, 2),
+    "watched": items(whole(2, 8)),
+    "epochs": whole(1),
+}
+
+
+def check_watched(
+    model: str, layer: str, arms: Mapping[str, Sequence[int]], watched: Sequence[int]
+) -> None:
+    """Raises ValueError for parameters of the notebook that do not fit together.
+
+    `layer` must be a point-wise convolution of `model`, and `watched` be candidates of all `arms`.
+    """
+    for bits in arms.values():
+        check_subset("watched", watched, bits)
+    check_layers("layer", [layer], model, kernel=1)
 
 
 def watch_candidates(

@@ -43,11 +43,11 @@ from .command import (
     TIMED_STEPS,
     Command,
     agree_on_plan,
-    check_training,
     load_splits,
     make_runs,
     time_steps,
 )
+from .parameters import check_training
 from .processes import NEVER, Deadline, Team, run_processes
 
 SEARCHED, FEWEST = "searched", "fewest bits"
@@ -114,7 +114,7 @@ class SizeSetting:
             if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r} is not allowed: a whole number from {low}")
         for name in ("training", "float_training"):
-            check_training(name, getattr(self, name), own=("epochs", "seed"))
+            check_training(name, getattr(self, name))
         for kind in ("float", "alone", "supernet"):
             self.config(kind, 0)
 

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from ..network.quantizer import GRANULARITIES
 from ..search.limits import check_count
 from ..training.evaluation import decoded, select_device
+from ..training.loop import RANGES
 from ..training.step import check_labels, check_logits
 from .adapters import FLOAT_BITS, Adapted, AdaptedConv2d, check_convolutions
-from .command import LARGEST_SEED
 
 SWITCHES = ("teacher", "recalibrate")  # options of `cora` that are True or False
 # Options of `cora` that are whole numbers, and their smallest values
@@ -144,8 +144,8 @@ def check_cora_options(**options: object) -> None:
     for name, value in options.items():
         if name in LEAST_COUNTS:
             check_count(name, value, LEAST_COUNTS[name])
-            if name == "seed" and value > LARGEST_SEED:
-                raise ValueError(f"seed={value!r} is not allowed: at most {LARGEST_SEED}")
+            if name == "seed" and value > RANGES["seed"][1]:
+                raise ValueError(f"seed={value!r} is not allowed: at most {RANGES['seed'][1]}")
         elif name in RANGES_OF_NUMBERS:
             if name != "start" or value is not None:
                 _check_number(name, value, *RANGES_OF_NUMBERS[name])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data import Splits
+from ..models import create
 from ..network.bits import BitConfig
 from ..network.cost import bitops, bitops_at
 from ..network.supernet import Supernet
@@ -22,12 +23,27 @@ from ..report.intervals import t_interval
 from ..report.plots import COLOURS
 from ..report.runs import measure
 from ..search.assignment import assignment, front
-from ..search.baselines import best_step, evaluate_all, evolution, random_search
+from ..search.baselines import best_step, evaluate_all, evolution, random_search, restrict
 from ..search.error import Error, batch_error
 from ..search.greedy import greedy
+from ..search.limits import check_limits
 from ..search.moves import BIT_WIDTHS, Step
 from ..search.sensitivity import Sensitivity
 from ..training.evaluation import batch_norms, batch_statistics
+from .parameters import (
+    BITS,
+    LEVELS,
+    WIDTH,
+    check_parameters,
+    check_subset,
+    entries,
+    items,
+    number,
+    one_of,
+    optional,
+    whole,
+)
+from .scheduler_ablation import Study
 
 
 def top1_error(logits: Tensor, y: Tensor) -> Tensor:
@@ -111,6 +127,56 @@ def compare_rules(
                 found = {"judged": judge(config), "evaluations": count}
                 rows.append({"arm": name, "level": level, "batch": batch, **found})
     return rows
+
+
+SEARCH_RULES = {
+    "other_levels": items(number(1), least=0),
+    "top1_levels": optional(items(number(1), least=0)),
+    "few": entries(layers=whole(1), bits=BITS, rest=WIDTH),
+    "timed": entries(front=items(whole(0), least=0), literal=items(whole(0), least=0)),
+    "rules": entries(variants=items(one_of(VARIANTS), least=0), levels=LEVELS, batches=whole(1)),
+}
+
+
+def check_searches(
+    study: Study,
+    *,
+    seeds: Sequence[int],
+    other_levels: Sequence[float],
+    top1_levels: Sequence[float] | None,
+    few: Mapping,
+    timed: Mapping[str, Sequence[int]],
+    rules: Mapping,
+) -> None:
+    """Raises ValueError, before any training, for parameters that do not fit together.
+
+    `study`: trains the supernets; its setting holds the other parameters. The parameters must keep
+    SEARCH_RULES.
+    """
+    setting, images = study.setting, len(study.splits.search)
+    check_subset("other_levels", other_levels, setting.levels)
+    check_subset("top1_levels", top1_levels or [], setting.levels)
+    check_subset("timed", [*timed["front"], *timed["literal"]], seeds)
+    check_parameters({"search_images": whole(1, images - 1)}, search_images=setting.search_images)
+    if rules["batches"] * setting.search_images > images:
+        raise ValueError(
+            f"rules={rules!r} is not allowed: {rules['batches']} batches of {setting.search_images}"
+            f" images, there are {images}"
+        )
+    network = create(setting.model, len(study.splits.classes)).to(study.device)
+    supernet = study.build_supernet(network, "both")
+    try:
+        small = restrict(supernet, **few)
+        check_limits(small, bitops_at(small.table, few["rest"] - 0.3))
+    except ValueError as error:
+        raise ValueError(f"few={few!r} is not allowed: {error}") from error
+    # The lowest levels that are searched; fronts are timed from 2.25 bits on.
+    lowest = {"levels": min(setting.levels), "rules": min(rules["levels"]), "bits": 2.25}
+    for name, level in lowest.items():
+        try:
+            check_limits(supernet, bitops_at(supernet.table, level))
+        except ValueError as error:
+            raise ValueError(f"{name}: level {level} is not allowed: {error}") from error
 
 
 def literal_error(supernet: Supernet, x: Tensor, y: Tensor):

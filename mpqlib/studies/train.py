@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -17,31 +16,6 @@ if TYPE_CHECKING:
     from IPython.display import Markdown
 
 COLUMNS = "configuration", "BitOPs (G)", "size (MB)", "test top-1 (%)", "95%", "search top-1 (%)"
-
-# Type, smallest value and description of the parameters that `check_parameters` knows.
-_PARAMETERS = {
-    "bitops": (Real, 0, "a number from 0, in G BitOPs"),
-    "bits": (list | tuple, None, 'a list; for papermill: -y "bits: [2, 4]"'),
-    "float_epochs": (Integral, 0, "a whole number from 0"),
-    "search_images": (Integral, 1, "a whole number from 1"),
-    "training": (dict, None, 'a dict of TrainConfig\'s options; for papermill: -y "training: {}"'),
-}
-
-
-def check_parameters(**parameters: object) -> None:
-    """Check parameters of the notebook that the library knows by another name or cannot name.
-
-    `parameters`: some of `bitops`, `bits`, `float_epochs`, `search_images` and `training`. Raises
-    TypeError for a value of another type, such as a list that papermill's `-p` hands over as text,
-    and ValueError for a number that is too small.
-    """
-    for name, value in parameters.items():
-        kind, lowest, allowed = _PARAMETERS[name]
-        message = f"{name}={value!r} is not allowed: {allowed}"
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise TypeError(message)
-        if lowest is not None and not value >= lowest:
-            raise ValueError(message)
 
 
 def beside_float(

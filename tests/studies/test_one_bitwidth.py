@@ -13,7 +13,7 @@ from stand import OFFERS, Stand, made_up_error
 
 from mpqlib.network.cost import model_size
 from mpqlib.search.moves import Step
-from mpqlib.studies import command, one_bitwidth
+from mpqlib.studies import one_bitwidth
 from mpqlib.studies.command import Command, load_splits
 from mpqlib.studies.one_bitwidth import (
     FEWEST,
@@ -27,6 +27,7 @@ from mpqlib.studies.one_bitwidth import (
     places,
     work_on_sizes,
 )
+from mpqlib.studies.parameters import check_parameters
 from mpqlib.studies.processes import Deadline, OutOfTime, Team
 
 PROFILE = dict(
@@ -178,7 +179,7 @@ def test_arms_are_chosen_on_the_search_split_alone(seed):
         (dict(families={"resnet8_cifar": [inf]}), r"\[inf\] is not allowed: a list of sizes in kB"),
         (dict(families={"resnet8_cifar": [24, 24.0]}), "none may stand twice"),
         (dict(families={"resnet8_cifar": [True]}), r"\[True\] is not allowed: a list of sizes"),
-        (dict(training=None), "training=None is not allowed: options of TrainConfig"),
+        (dict(training=None), "training=None is not allowed: a dict of options"),
         (dict(single=[]), r"single=\[\] is not allowed"),
         (dict(single=[1.5]), r"single=\[1.5\] is not allowed"),
         (dict(single=[2, 2]), r"single=\[2, 2\] is not allowed: no bits may stand twice"),
@@ -191,10 +192,13 @@ def test_arms_are_chosen_on_the_search_split_alone(seed):
         (dict(test_images=0), "test_images=0 is not allowed: a whole number from 1"),
         (dict(recalibration_images=1), "recalibration_images=1 is not allowed: .* from 2"),
         (dict(training={"lr": -1}), "lr=-1 is not allowed"),
-        (dict(training={"epochs": 3}), "training={'epochs': 3}: 'epochs' is not allowed: one of"),
-        (dict(float_training={"seed": 3}), "float_training={'seed': 3}: 'seed' is not allowed"),
-        (dict(training={"rate": 3}), "training={'rate': 3}: 'rate' is not allowed"),
-        (dict(training={3: 3}), "training={3: 3}: 3 is not allowed"),
+        (
+            dict(training={"epochs": 3}),
+            r"training: \['epochs'\] are not allowed here: options are \['batch_size'",
+        ),
+        (dict(float_training={"seed": 3}), r"float_training: \['seed'\] are not allowed here"),
+        (dict(training={"rate": 3}), r"training: \['rate'\] are not allowed here"),
+        (dict(training={3: 3}), "training={3: 3} is not allowed: a dict of options"),
         (dict(families={"resnet8_cifar": [10**400]}), "00] is not allowed: a list of sizes in kB"),
         (dict(single=[1.0]), r"single=\[1.0\] is not allowed"),
         (dict(single=[2, 1.0]), r"single=\[1.0\] is not allowed"),
@@ -207,9 +211,9 @@ def test_settings_are_checked_early(changed, message):
 
 @pytest.mark.parametrize("seeds", [0, [], "01", [0.0], ["0"], [-1], [True], [None], [2**63]])
 def test_seeds_that_are_no_seeds_are_refused(seeds):
-    with pytest.raises(ValueError, match=r"seeds=.* not allowed: a list of whole numbers from 0"):
-        command.check_seeds(seeds)
-    command.check_seeds([0, 2**63 - 1])
+    with pytest.raises(ValueError, match=r"seeds=.* not allowed: a list .* a whole number from 0"):
+        check_parameters(seeds=seeds)
+    check_parameters(seeds=[0, 2**63 - 1])
 
 
 @pytest.mark.parametrize("name", [None, ["digits"], {}])

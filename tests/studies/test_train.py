@@ -1,12 +1,9 @@
 """The comparison of a searched policy with uniform ones chooses on the search split alone."""
 
 import json
-import math
-import re
 
 import pytest
 
-from mpqlib.studies import train
 from mpqlib.studies.train import best_within, comparison_table, result, verdict
 
 
@@ -54,35 +51,3 @@ def test_result_holds_the_policy_and_all_configurations(metrics):
 def test_a_budget_below_every_configuration_is_refused(metrics):
     with pytest.raises(ValueError, match=r"budget=0\.5 G is not allowed"):
         result(metrics, 0.5, seed=0, seconds=1.0)
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("bitops", "3.0"),
-        ("bitops", True),
-        ("bits", "[2, 4]"),  # papermill -p hands a list over as text
-        ("bits", 4),
-        ("float_epochs", 1.5),
-        ("float_epochs", "4"),
-        ("search_images", None),
-        ("training", "{'lr': 0.02}"),
-    ],
-)
-def test_check_parameters_names_a_parameter_of_another_type(name, value):
-    with pytest.raises(TypeError, match=re.escape(f"{name}={value!r} is not allowed")):
-        train.check_parameters(**{"bits": [2, 4], name: value})
-
-
-@pytest.mark.parametrize(
-    "name, value",
-    [("bitops", -1), ("bitops", math.nan), ("float_epochs", -1), ("search_images", 0)],
-)
-def test_check_parameters_names_a_number_that_is_too_small(name, value):
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} is not allowed")):
-        train.check_parameters(**{name: value})
-
-
-def test_check_parameters_accepts_the_notebook_s_own():
-    own = dict(bitops=3.0, bits=[2, 3], float_epochs=0, search_images=1, training={"lr": 0.02})
-    train.check_parameters(**own)

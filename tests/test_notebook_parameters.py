@@ -1,0 +1,78 @@
+"""A wrong parameter of a notebook is named before any long work."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+from IPython.display import display
+
+from mpqlib.studies import benchmark, idm_density, interference
+from mpqlib.training import loop
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+# What takes long in a notebook: module and function.
+LONG_WORK = [
+    (interference, "descend"),
+    (loop, "train_epoch"),
+    (idm_density, "outputs_alone"),
+    (benchmark, "ratios"),
+    (benchmark, "seconds"),
+]
+# Values that no parameter with a default of this type allows.
+WRONG = {
+    bool: [None, "true", 1, 0, [], math.nan],
+    int: [None, "8", -1, math.nan, math.inf, True, 2.5, [], 10**30],
+    float: [None, "0.5", -1.0, math.nan, math.inf, True, [], 1e300],
+    str: [None, 3, ["a"], "", True],
+    type(None): ["8", -1, 0, math.nan, True, {}],
+    list: [None, "[2, 4]", 3, {}, [None], [-1], [math.nan], [[1]]],
+    dict: [None, [], "{}", 3, {1: 2}],
+}
+UNNAMED = {"09_one_bitwidth", "10_cora"}  # they name a part of their parameters only
+
+
+def code_cells(path):
+    """Source and tags of the code cells of a notebook."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in code]
+
+
+def default_parameters(path):
+    """The parameters of a notebook, with their default values."""
+    (source,) = [source for source, tags in code_cells(path) if "parameters" in tags]
+    exec(source, {}, values := {})
+    return values
+
+
+def run(path, parameters):
+    """Runs the code cells of a notebook with these parameters, as papermill would."""
+    names = {"display": display, "__name__": "__main__"}
+    for source, tags in code_cells(path):
+        exec(compile(source, path.name, "exec"), names)
+        if "parameters" in tags:
+            names |= parameters
+
+
+CASES = [
+    pytest.param(path, name, default, id=f"{path.stem[:2]}-{name}")
+    for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    for name, default in default_parameters(path).items()
+    if path.stem not in UNNAMED
+]
+
+
+@pytest.mark.parametrize(("path", "name", "default"), CASES)
+def test_a_wrong_parameter_is_named_before_any_long_work(
+    path, name, default, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for module, function in LONG_WORK:
+        monkeypatch.setattr(module, function, lambda *_, **__: pytest.fail("started to work"))
+    named = "arm" if name == "arms" else rf"\b{name}\b"  # one of the arms
+    drawn = random.Random(f"{path.stem} {name}")
+    for value in drawn.sample(WRONG[type(default)], 2):
+        with pytest.raises((TypeError, ValueError), match=rf"{named}.*not (allowed|available)"):
+            run(path, {name: value})
