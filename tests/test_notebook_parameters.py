@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import yaml
 from IPython.display import display
 
 from mpqlib.studies import benchmark, idm_density, interference
@@ -30,6 +31,7 @@ WRONG = {
     list: [None, "[2, 4]", 3, {}, [None], [-1], [math.nan], [[1]]],
     dict: [None, [], "{}", 3, {1: 2}],
 }
+PATHS = {"data_root", "checkpoint"}  # text, even where the default is None
 UNNAMED = {"09_one_bitwidth", "10_cora"}  # they name a part of their parameters only
 
 
@@ -73,6 +75,22 @@ def test_a_wrong_parameter_is_named_before_any_long_work(
         monkeypatch.setattr(module, function, lambda *_, **__: pytest.fail("started to work"))
     named = "arm" if name == "arms" else rf"\b{name}\b"  # one of the arms
     drawn = random.Random(f"{path.stem} {name}")
-    for value in drawn.sample(WRONG[type(default)], 2):
+    kind = str if name in PATHS else type(default)
+    wrong = [value for value in WRONG[kind] if value is not default]
+    for value in drawn.sample(wrong, 2):
         with pytest.raises((TypeError, ValueError), match=rf"{named}.*not (allowed|available)"):
             run(path, {name: value})
+
+
+def profiles():
+    """Profiles for papermill, with the notebook that each names in its first line."""
+    for path in sorted(NOTEBOOKS.glob("profiles/*.yaml")):
+        first = path.read_text("utf-8").splitlines()[0].split()
+        if "papermill" in first:
+            yield pytest.param(path, NOTEBOOKS.parent / first[2], id=path.stem)
+
+
+@pytest.mark.parametrize(("path", "notebook"), list(profiles()))
+def test_a_profile_sets_parameters_of_its_notebook(path, notebook):
+    given = yaml.safe_load(path.read_text("utf-8"))
+    assert given and given.keys() <= default_parameters(notebook).keys()

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from IPython.display import Markdown
 
 CLASSES = 1000
-EXAMPLES = 16  # images that set the signs and first steps of a supernet
+FIRST_IMAGES = 16  # images that set the signs and first steps of a supernet
 FITTED = 128  # images, at most, for step sizes and corrected means
 NORMS = ("of the float network", "means corrected", "measured again")
-ARMS = (
+WAYS = (
     "assignment",
     "greedy",
     "assignment, equal bits",
@@ -68,7 +68,7 @@ IMAGENET_RULES = {
     "data_root": optional(PLACE),
     "checkpoint": optional(PLACE),
     "settings": SETTINGS_RULE,
-    "arms": items(one_of(ARMS)),
+    "arms": items(one_of(WAYS)),
     "granularity": one_of(GRANULARITIES),
     "probes": whole(1),
 }
@@ -193,7 +193,7 @@ def prepare(
     least = 3 if checkpoint else min(bits)  # of depth-wise convolutions; the command's is 3
     copied = copy.deepcopy(network)
     supernet = Supernet(
-        copied, images[:EXAMPLES], bits, depthwise_min=least, granularity=granularity
+        copied, images[:FIRST_IMAGES], bits, depthwise_min=least, granularity=granularity
     )
     if checkpoint:
         load_weights(Path(checkpoint), supernet)
@@ -246,7 +246,7 @@ def measure_top1(
 def choose_bits(
     supernet: Supernet, x: Tensor, y: Tensor, budgets: Sequence[float], arm: str, probes: int = 32
 ) -> list[BitConfig]:
-    """A configuration for each of `budgets` (BitOPs per image), by one of ARMS.
+    """A configuration for each of `budgets` (BitOPs per image), by one of WAYS.
 
     `x`: images (N, C, H, W). `y`: labels (N). "assignment" and "greedy" score by the cross-entropy
     on them. "greedy" is one search down to the lowest budget, of whose path each budget takes the
@@ -275,7 +275,7 @@ def choose_bits(
         return solved(hessian_table(supernet, x, y, probes))
     if arm == "orthogonality":
         return solved(orthogonality_table(supernet, x))
-    raise ValueError(f"arm={arm!r} is not allowed: one of {ARMS}")
+    raise ValueError(f"arm={arm!r} is not allowed: one of {WAYS}")
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,7 @@ _RULES = {
     "probe_images": whole(1),
     "recalibration_images": whole(2),
     "repeats": whole(1),
+    "workers": whole(0, 1000),
     "training": OPTIONS,
     "float_training": OPTIONS,
     "search": OPTIONS,

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from ..data import Splits, load, select_classes
+from ..data import DATASETS, Splits, load, select_classes
 from ..files import remembered
 from ..models import create
-from ..network.bits import BitConfig, check_bits
+from ..network.bits import BitConfig
 from ..network.classifier import copy_all_but_last
 from ..network.cost import bitops_at
 from ..network.supernet import Supernet
@@ -30,12 +30,50 @@ from ..search.assignment import front
 from ..search.error import batch_error
 from ..training.evaluation import decoded, evaluate
 from ..training.loop import TrainConfig, train
+from .parameters import (
+    NAME,
+    OPTIONS,
+    WIDTH,
+    Rule,
+    check_parameters,
+    check_training,
+    items,
+    one_of,
+    optional,
+    whole,
+)
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
 
 FINE_TUNED = ("float", "transferred", "new")  # that are fine-tuned on the target
 COSTS = {"bitops_g": "BitOPs (G)", "size_mb": "size (MB)"}  # column of the metrics -> its head
+
+
+# Options of `load_classes`, without root and image_size
+DATA_OPTIONS = ("dataset", "classes", "train_images", "search_share", "download", "memory_gb")
+DATA_OPTIONS += ("mean", "std", "interpolation", "crop_pct")
+
+
+def _are_data(value: object) -> bool:
+    """Whether these are options of `load_classes`, the data set among them."""
+    right = isinstance(value, Mapping) and "dataset" in value and set(value) <= set(DATA_OPTIONS)
+    classes = optional(items(NAME))
+    return (
+        right and one_of(DATASETS).holds(value["dataset"]) and classes.holds(value.get("classes"))
+    )
+
+
+DATA_RULE = Rule(f"a dict with 'dataset' and others of {list(DATA_OPTIONS)}", _are_data)
+TRANSFER_RULES = {
+    "source": DATA_RULE,
+    "target": DATA_RULE,
+    "level": WIDTH,
+    "target_epochs": whole(2),
+    "first_epochs": whole(1),
+    "search_images": whole(2),
+    "fine_tuning": OPTIONS,
+}
 
 
 def load_classes(
@@ -70,18 +108,15 @@ class Recipe:
     recalibration_images: int = 2000  # training images for batch-norm statistics
 
     def __post_init__(self):
-        if self.level not in check_bits("bits", self.bits):
+        check_parameters(TRANSFER_RULES, **vars(self))
+        check_training("fine_tuning", self.fine_tuning)
+        if self.level not in self.bits:
             raise ValueError(f"level={self.level!r} is not allowed: one of bits={self.bits}")
         if not 0 < self.first_epochs < self.target_epochs:
             raise ValueError(
                 f"first_epochs={self.first_epochs!r} is not allowed: from 1, and less than "
                 f"target_epochs={self.target_epochs!r}"
             )
-        for name in ("search_images", "recalibration_images"):
-            if not getattr(self, name) >= 2:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: at least 2")
-        for epochs in (self.float_epochs, self.epochs):
-            self.source_config(epochs, seed=0)
         self.target_config(self.target_epochs, seed=0)
 
     def source_config(self, epochs: int, seed: int) -> TrainConfig:

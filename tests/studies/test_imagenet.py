@@ -71,7 +71,7 @@ def test_all_arms_choose_within_their_budgets(tmp_path):
     x, y = told.halves.calibration.tensors
     levels = [3, 4, 6]
     budgets = [bitops_at(supernet.table, level) for level in levels]
-    for arm in study.ARMS:
+    for arm in study.WAYS:
         configs = study.choose_bits(supernet, x, y, budgets, arm, probes=64)
         assert len(configs) == 3
         if arm in ("SQNR list", "Hessian trace", "orthogonality"):  # more bits are never worse

@@ -167,7 +167,7 @@ def test_recipes_that_are_not_allowed_are_refused(wrong, message):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(TypeError, match="learning_rate"):
+    with pytest.raises(ValueError, match=r"training: \['learning_rate'\] are not allowed here"):
         study.Recipe(**RECIPE | dict(training={"learning_rate": 1}))
     with pytest.raises(TypeError, match="colour"):
         study.load_classes("digits", ["0", "1"], colour=True)
