@@ -33,7 +33,7 @@ def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Writes several files as `save_atomically` does. If one fails, all stay as they were.
+    """Writes several files as `save_atomically` does. If one cannot be written, all stay as before.
 
     `writers`: path -> what writes the file at a temporary path.
     """

@@ -110,7 +110,9 @@ def lsq_per_channel(
     if scale_step_gradient:
         g = (x[0].numel() * q_max).rsqrt()
         step = step.detach() + g * (step - step.detach())
-    v = (x / step).clamp(q_min, q_max)
+    v = x / step
+    inside = (q_min < v) & (v < q_max)
+    v = torch.where(inside, v, v.detach().clamp(q_min, q_max))
     return (v + (v.round() - v).detach()) * step
 
 

@@ -179,7 +179,7 @@ class Supernet(nn.Module):
             raise ValueError(f"weight_steps={weight_steps!r} is not allowed: 'nested' or 'lsq'")
         if granularity not in GRANULARITIES:
             raise ValueError(f"granularity={granularity!r} is not allowed: one of {GRANULARITIES}")
-        self.granularity = granularity
+        self.granularity, self.scale_step_gradient = granularity, scale_step_gradient
         steps = dict(
             weight_step=INITIAL_STEPS[weight_steps],
             scale_step_gradient=scale_step_gradient,

@@ -205,7 +205,7 @@ PAPER = [
         place="RFQuant, transfer",
         measure=f"{TOP1}, at most 1 point below float",
         notebook="08_transfer",
-        run=None,
+        run="cifar10",
     ),
     Listed(
         "A searched policy needs no retraining.",

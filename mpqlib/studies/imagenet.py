@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,10 +61,11 @@ def _are_settings(value: object) -> bool:
         right = isinstance(pair, (list, tuple)) and len(pair) == 2
         return right and pair[0] in GRANULARITIES and pair[1] in NORMS
 
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_setting, value))
+    right = isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_setting, value))
+    return right and len(set(map(tuple, value))) == len(value)
 
 
-SETTINGS_RULE = Rule(f"a list of pairs, of {GRANULARITIES} and of {NORMS}", _are_settings)
+SETTINGS_RULE = Rule(f"a list of different pairs, of {GRANULARITIES} and of {NORMS}", _are_settings)
 IMAGENET_RULES = {
     "data_root": optional(PLACE),
     "checkpoint": optional(PLACE),
@@ -166,6 +168,14 @@ class Halves:
     calibration: TensorDataset
     test: TensorDataset
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of all images and labels."""
+        digest = hashlib.sha256()
+        for tensor in (*self.calibration.tensors, *self.test.tensors):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
 
 def load_halves(model: str, data_root: str | Path, seed: int) -> Halves:
     """Random halves of `data_root`/val/<wnid>/*, at the model's own preprocessing.
@@ -179,17 +189,19 @@ def load_halves(model: str, data_root: str | Path, seed: int) -> Halves:
 
 def prepare(
     network: nn.Module,
-    images: Tensor,
+    calibration: TensorDataset,
     bits: Sequence[int],
     granularity: str,
     checkpoint: str | Path | None = None,
 ) -> Supernet:
     """A supernet of a copy of the float `network`, ready for use without training.
 
-    Its step sizes have the least rounding error on `images` (N, C, H, W). `bits`: candidates of all
-    layers but the first and last ones. `granularity`: as in `Supernet`. `checkpoint`: a
-    supernet.safetensors of `python -m mpqlib.training`; its weights and steps are used instead.
+    Its step sizes have the least rounding error on images of `calibration`. `bits`: candidates of
+    all layers but the first and last ones. `granularity`: as in `Supernet`. `checkpoint`: a
+    supernet.safetensors of `python -m mpqlib.training`. Its weights and steps are used instead, and
+    the batch norms of float mode are measured again, which one-shot training leaves behind.
     """
+    images = calibration.tensors[0][:FITTED]
     least = 3 if checkpoint else min(bits)  # of depth-wise convolutions; the command's is 3
     copied = copy.deepcopy(network)
     supernet = Supernet(
@@ -197,9 +209,22 @@ def prepare(
     )
     if checkpoint:
         load_weights(Path(checkpoint), supernet)
+        recalibrate(supernet, calibration, None)
     else:
         fit_steps(supernet, images)
     return supernet.eval()
+
+
+def check_checkpoint(
+    checkpoint: str | Path | None, granularity: str, settings: Sequence[Sequence[str]]
+) -> None:
+    """Raises ValueError for a `checkpoint` with ranges per channel: it has one per tensor."""
+    used = {granularity, *(pair[0] for pair in settings)}
+    if checkpoint and used != {"tensor"}:
+        raise ValueError(
+            f"granularity={granularity!r} and settings={settings!r} are not allowed with a "
+            "checkpoint: 'tensor' alone"
+        )
 
 
 def set_norms(
@@ -296,13 +321,18 @@ class Calibrated:
 
     def prepare(self, granularity: str) -> Supernet:
         """The supernet, on the device: see the function `prepare`."""
-        images = self.halves.calibration.tensors[0][:FITTED]
-        supernet = prepare(self.network, images, self.bits, granularity, self.checkpoint)
-        return supernet.to(self.device)
+        how = self.bits, granularity, self.checkpoint
+        return prepare(self.network, self.halves.calibration, *how).to(self.device)
+
+    @cached_property
+    def depends_on(self) -> dict:
+        """`about`, the images, and what the checkpoint holds."""
+        weights = self.checkpoint and hashlib.sha256(Path(self.checkpoint).read_bytes()).hexdigest()
+        return {**self.about, "images": self.halves.sha256, "weights": weights}
 
     def measure(self, supernet: Supernet, name: str, config: BitConfig | None, norms: str) -> dict:
         """`measure_top1`, kept in the file `name`.json."""
-        told = dict(self.about) | dict(norms=norms, config=config and config.to_json())
+        told = self.depends_on | dict(norms=norms, config=config and config.to_json())
         compute = partial(measure_top1, supernet, config, self.halves, norms, self.device)
         return remembered(self.folder / f"{name}.json", told, compute)
 
@@ -317,10 +347,11 @@ def measure_settings(subject: Calibrated, settings: Sequence[Sequence[str]]) -> 
     for granularity in dict.fromkeys(granularity for granularity, _ in settings):
         supernet = subject.prepare(granularity)
         if not rows:
-            norms = "measured again" if subject.checkpoint else "of the float network"
-            found = subject.measure(supernet, "float", None, norms)
+            found = subject.measure(supernet, "float", None, "of the float network")
             rows.append({"study": "float", "arm": "float"} | found)
-        for norms in [norms for each, norms in settings if each == granularity]:
+        own = [norms for each, norms in settings if each == granularity]
+        # Norms after no layer have one set of statistics, and "measured again" replaces them.
+        for norms in sorted(own, key=NORMS.index):
             for b in sorted(subject.bits):
                 name = f"uniform-{granularity}-{NORMS.index(norms)}-{b}"
                 found = subject.measure(supernet, name, supernet.uniform(b), norms)
@@ -346,7 +377,7 @@ def measure_policies(
     x, y = (t[:search_images].to(subject.device) for t in subject.halves.calibration.tensors)
     budgets = [bitops_at(supernet.table, level) for level in levels]
     told = dict(levels=list(levels), search_images=search_images, probes=probes)
-    told |= dict(subject.about) | dict(granularity=granularity)
+    told |= subject.depends_on | dict(granularity=granularity)
 
     def choose(arm: str) -> dict:
         started = time.perf_counter()
@@ -405,34 +436,23 @@ def image_comparisons(measured: pd.DataFrame, granularity: str) -> list[dict]:
     ]
 
 
-def comparisons(
-    arms: Sequence[str], settings: Sequence[Sequence[str]], granularity: str
-) -> list[Claim]:
-    """What `image_comparisons` can tell, as claims of our own; "assignment" is the arm of most."""
-
-    def claim(text: str, study: str, arm: str, base: str) -> Claim:
-        where = {"study": study}
-        return Claim(
-            text, "percent_correct", arm, base, +1, where=where, unit="image", source="ours"
-        )
-
-    norms = [how for each, how in settings if each == granularity]
-    again = [each for each, how in settings if how == "measured again"]
-    found = []
-    if "assignment" in arms and "measured again" in norms:
-        text = "assignment beats uniform bits at equal BitOPs"
-        found.append(claim(text, "uniform", "assignment", "uniform"))
-    for arm in arms if "assignment" in arms else []:
-        if arm != "assignment":
-            found.append(claim(f"assignment beats '{arm}'", "policies", "assignment", arm))
-    for how in norms if "measured again" in norms else []:
-        if how != "measured again":
-            text = f"norms: statistics measured again beat those '{how}'"
-            found.append(claim(text, "norms", "measured again", how))
-    if set(again) == set(GRANULARITIES):
-        text = "a range of the weights per channel beats one per tensor"
-        found.append(claim(text, "granularity", "channel", "tensor"))
-    return found
+def comparisons(images: pd.DataFrame) -> list[Claim]:
+    """What the rows of `image_comparisons` can tell, as claims of our own."""
+    arms = {study: set(rows["arm"]) for study, rows in images.groupby("study")}
+    texts = {("uniform", "assignment", "uniform"): "assignment beats uniform bits at equal BitOPs"}
+    for way in WAYS[1:]:
+        texts["policies", "assignment", way] = f"assignment beats '{way}'"
+    for how in NORMS[:-1]:
+        text = f"norms: statistics measured again beat those '{how}'"
+        texts["norms", "measured again", how] = text
+    text = "a range of the weights per channel beats one per tensor"
+    texts["granularity", "channel", "tensor"] = text
+    how = dict(value="percent_correct", sign=+1, unit="image", source="ours")
+    return [
+        Claim(text, arm=arm, base=base, where={"study": study}, **how)
+        for (study, arm, base), text in texts.items()
+        if {arm, base} <= arms.get(study, set())
+    ]
 
 
 def top1_plots(measured: pd.DataFrame, granularity: str) -> dict[str, Figure]:

@@ -1,7 +1,7 @@
 """Step sizes with the least rounding error, for a supernet that is used without training."""
 
 from functools import partial
-from math import inf
+from math import ceil, inf
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..network.observation import eval_mode, hooked
 from ..network.quantizer import Quantizer, integer_range
 from ..network.supernet import Supernet, check_supernet
+from .evaluation import check_statistics
 
 SHARES = torch.logspace(-1.3, 0, 81)  # of the largest step that is tried, 4% from one to the next
 SAMPLE = 2**15  # values that a layer reads, at most, for the step sizes of its activations
@@ -38,22 +39,27 @@ def least_squares_step(rows: Tensor, bits: int, signed: bool) -> Tensor:
 def _sample_inputs(supernet: Supernet, images: Tensor, batch_size: int) -> dict[Quantizer, Tensor]:
     """Values that each activation quantizer reads in float mode, at most about SAMPLE a quantizer.
 
-    They are drawn at random, equally many from each batch.
+    If there are more, they are drawn at random, equally many from each batch. Raises ValueError for
+    values that are not finite.
     """
-    layers = {n: layer for n, layer in supernet.layers.items() if layer.act_quantizer is not None}
     found: dict[Quantizer, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
-    batches = images.split(batch_size)
+    batches = images.tensor_split(ceil(len(images) / batch_size))
+    count = SAMPLE // len(batches)
 
-    def keep(quantizer: Quantizer, _: nn.Module, args: tuple) -> None:
+    def keep(name: str, quantizer: Quantizer, _: nn.Module, args: tuple) -> None:
         values = args[0].flatten()
-        count = min(len(values), SAMPLE // len(batches))
-        chosen = torch.randint(len(values), (count,), generator=generator)
-        found.setdefault(quantizer, []).append(values[chosen.to(values.device)])
+        if not values.isfinite().all():
+            raise ValueError(f"layer {name!r} reads values that are not finite: check the images")
+        if len(values) > count:
+            chosen = torch.randint(len(values), (count,), generator=generator)
+            values = values[chosen.to(values.device)]
+        found.setdefault(quantizer, []).append(values)
 
     handles = [
-        layer.register_forward_pre_hook(partial(keep, layer.act_quantizer))
-        for layer in layers.values()
+        layer.register_forward_pre_hook(partial(keep, name, layer.act_quantizer))
+        for name, layer in supernet.layers.items()
+        if layer.act_quantizer is not None
     ]
     with hooked(handles):
         for x in batches:
@@ -66,11 +72,17 @@ def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
     """Sets all step sizes to those with the least squared rounding error.
 
     Of weights by the weights themselves, of activations by what the layers read of `images`
-    (N, C, H, W) in float mode. Raises ValueError for another model and without images.
+    (N, C, H, W) in float mode. Statistics of batch norms stay: measure or copy them afterwards.
+    Raises ValueError for another model, without images, for values that are not finite, and, as
+    `check_statistics` does, if float mode has no statistics of its own.
     """
     check_supernet("supernet", supernet)
+    check_statistics(supernet, None)
     if not len(images):
         raise ValueError("images is empty: step sizes of activations need some")
+    for name, layer in supernet.layers.items():
+        if not layer.op.weight.isfinite().all():
+            raise ValueError(f"the weight of {name!r} holds values that are not finite")
     with eval_mode(supernet):
         read = _sample_inputs(supernet, images, batch_size)
     for layer in supernet.layers.values():

@@ -30,6 +30,9 @@ EXAMPLES = 64  # images that set the initial step sizes
 LOG_EVERY = 100  # steps between two lines of output
 IMAGENET = 1_281_167, 1000  # training images and classes, for a dry run without the data
 WARM_UP, TIMED = 5, 20  # steps of a dry run
+TIMING_COLUMNS = ("model", "image_size", "batch_size", "processes", "device", "dtype", "compile")
+TIMING_COLUMNS += ("timed_steps", "seconds_per_step", "images_per_second", "waiting")
+TIMING_COLUMNS += ("hours", "memory_gb")
 
 
 @dataclass(frozen=True)
@@ -244,11 +247,26 @@ def rehearse(profile: Profile, supernet: Supernet, dataset: Dataset, device: tor
     }
 
 
+def read_timings(path: Path) -> pd.DataFrame:
+    """Rows that earlier dry runs added to the csv file `path`; none if it does not exist.
+
+    Raises ValueError if the file is another one, or cannot be written.
+    """
+    check_writable(path)
+    if not path.exists():
+        return pd.DataFrame(columns=TIMING_COLUMNS)
+    try:
+        table = pd.read_csv(path)
+    except ValueError as error:  # empty, or no table
+        raise ValueError(f"timings={str(path)!r} cannot be read: {error}") from error
+    if tuple(table.columns) != TIMING_COLUMNS:
+        raise ValueError(f"timings={str(path)!r} is another table: columns {list(table.columns)}")
+    return table
+
+
 def append_row(path: Path, row: Mapping) -> None:
-    """Adds a row to the csv file `path`, which is made if it does not exist, atomically."""
-    table = pd.DataFrame([row])
-    if path.exists():
-        table = pd.concat([pd.read_csv(path), table])
+    """Adds a row to the csv file `path`, atomically."""
+    table = pd.DataFrame([*read_timings(path).to_dict("records"), row])
     save_atomically(path, lambda part: table.to_csv(part, index=False))
 
 
@@ -302,7 +320,7 @@ def run_profile(profile: Profile, dry_run: bool = False, timings: Path | None = 
         )
         if dry_run:
             if timings:
-                check_writable(timings)
+                read_timings(timings)  # before the run
             row = rehearse(p, Supernet(network, examples.to(device), p.bits), dataset, device)
             if timings and rank_and_size()[0] == 0:
                 append_row(timings, row)

@@ -335,10 +335,12 @@ def _set_from_float(
 def copy_statistics(supernet: Supernet, config: BitConfig) -> None:
     """Sets the batch norms at `config` to the statistics of float mode.
 
-    Raises ValueError for another model, and for a `config` of another supernet.
+    Raises ValueError for another model, for a `config` of another supernet, and, as
+    `check_statistics` does, if float mode has no statistics of its own.
     """
     check_supernet("supernet", supernet)
     supernet.check(config)
+    check_statistics(supernet, None)
     for name, layer in _normed_layers(supernet).items():
         _set_from_float(layer, name, config, 0.0)
 
@@ -353,12 +355,14 @@ def correct_means(supernet: Supernet, images: Tensor, config: BitConfig) -> None
     corrected inputs. Of a layer that runs several times, the last call counts. Layers without a
     batch norm are not corrected.
 
-    Raises ValueError for another model, for images that make outputs which are not finite, and for
-    a `config` of another supernet. Source: bias correction (arXiv 1906.04721, section 4.2), by
-    means that are measured instead of derived.
+    Raises ValueError for another model, for images that make outputs which are not finite, for a
+    `config` of another supernet, and, as `check_statistics` does, if float mode has no statistics
+    of its own. Source: bias correction (arXiv 1906.04721, section 4.2), by means that are measured
+    instead of derived.
     """
     check_supernet("supernet", supernet)
     supernet.check(config)
+    check_statistics(supernet, None)
     normed, in_float = _normed_layers(supernet), {}
 
     def mean_output(name: str, output: Tensor) -> Tensor:

@@ -396,6 +396,8 @@ class Run:
         table = self.model.table if isinstance(self.model, Supernet) else []
         own = {"images": self.images, "tied_inputs": list(map(list, tied_inputs(table)))}
         own |= {f"bits of {info.name!r}": list(map(list, info.candidates)) for info in table}
+        if isinstance(self.model, Supernet):
+            own["scale_step_gradient"] = self.model.scale_step_gradient
         return asdict(self.config) | own | about
 
     def save(self, path: Path) -> None:

@@ -339,7 +339,7 @@ def test_each_channel_is_quantized_by_its_own_step(shape, scaled):
         grad_x, grad_steps = torch.autograd.grad(x_hat, (latent, quantizer.steps), upstream)
         for i, row in enumerate(weight):
             step = float(nested_step(row, bits))
-            assert float(quantizer.step(bits)[i]) == pytest.approx(step, rel=1e-12)
+            assert quantizer.step(bits)[i].item() == pytest.approx(step, rel=1e-12)
             expected = run_lsq(row, step, bits, True, upstream[i], scaled)
             own = x_hat[i], grad_x[i], grad_steps[(2, 4).index(bits), i].squeeze()
             for found, wanted in zip(own, expected, strict=True):

@@ -187,6 +187,62 @@ def test_similarities_and_worth_of_bits(smooth):
         assert table.change(move) > 0  # fewer bits are worth less
 
 
+class TwoBranches(nn.Module):
+    """Two convolutions that read the same tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, 1, 1)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.last((self.a(x) + self.b(x)).relu().mean((2, 3)))
+
+
+def test_tied_layers_change_together():
+    torch.manual_seed(0)
+    x = images(12).tensors[0]
+    supernet = Supernet(TwoBranches(), x, (2, 3, 4), tie_inputs=True)
+    table = measure_sensitivity(supernet, noise_error(supernet, x), largest(supernet.candidates))
+    low, high = (bitops(supernet.table, c) for c in (smallest(supernet.candidates), table.base))
+    for i in range(20):
+        supernet.check(lower_by_list(supernet, table, low + i / 19 * (high - low)))
+
+    def rating(name, part, bits):
+        return (1.0 if part == "act" else 0.5) * 4.0**-bits
+
+    rated = rate_bits(supernet, rating)
+    for config in (supernet.uniform(2), supernet.uniform(3)):
+        total = sum(rating(n, "weight", w) + rating(n, "act", a) for n, (w, a) in config.items())
+        assert rated.predict(config) == pytest.approx(total)
+
+
+def test_tables_and_inputs_that_do_not_fit_are_refused(supernet):
+    x, y = images(12).tensors
+    error = noise_error(supernet, x)
+    sparse = measure_sensitivity(supernet, error, largest(supernet.candidates), sparse=True)
+    with pytest.raises(ValueError, match="lacks errors that were not measured"):
+        lower_by_list(supernet, sparse, 1e9)
+    with pytest.raises(ValueError, match="does not start from the largest bits"):
+        lower_by_list(supernet, measure_sensitivity(supernet, error, supernet.uniform(2)), 1e9)
+    with pytest.raises(ValueError, match="probes=0 is not allowed"):
+        hessian_traces(supernet, x, y, 0)
+    with pytest.raises(ValueError, match="x holds 1 images"):
+        similarities(supernet, x[:1])
+    with pytest.raises(ValueError, match=r"outputs of .* are not finite"):
+        similarities(supernet, x * torch.nan)
+    supernet.layers["pointwise"].op.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"weights of \['pointwise'\] require no gradient"):
+        hessian_traces(supernet, x, y, 1)
+
+
+def test_a_layer_without_an_output_of_its_own_resembles_none(smooth):
+    smooth.layers["middle"].op.weight.data.zero_()
+    found = similarities(smooth, images(6).tensors[0].double())
+    assert found.isfinite().all() and found[1].abs().max() == 0
+
+
 def test_measures_run_on_a_network_with_norms(supernet):
     x, y = images(12).tensors
     for table in (hessian_table(supernet, x, y, 2), orthogonality_table(supernet, x)):

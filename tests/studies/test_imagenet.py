@@ -1,6 +1,7 @@
 """Exact costs, the published table, and calibration alone on made-up images."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -115,7 +116,7 @@ def test_rows_are_measured_kept_and_compared_by_image(tmp_path, monkeypatch):
     assert mean.mean() == pytest.approx(expected)
     both = rows[(rows["study"] == "uniform")]  # at 4 bits, the only level of both
     assert set(both["percent_correct"]) <= {0.0, 100.0}
-    stated = study.comparisons(arms, SETTINGS, "channel")
+    stated = study.comparisons(rows)
     assert [claim.base for claim in stated] == [
         "uniform", "orthogonality", "of the float network", "means corrected", "tensor"
     ]  # fmt: skip
@@ -133,9 +134,15 @@ def test_a_checkpoint_replaces_weights_and_steps(tmp_path):
     save_weights(tmp_path / "supernet.safetensors", trained, {})
     told = subject(tmp_path, tmp_path / "supernet.safetensors")
     found = told.prepare("tensor").state_dict()
-    assert all(torch.equal(found[n], value) for n, value in trained.state_dict().items())
-    rows = study.measure_settings(told, [["tensor", "measured again"]])
-    assert rows[0]["arm"] == "float" and len(rows) == 4
+    assert all(torch.equal(found[n], value) for n, value in trained.named_parameters())
+    settings = [["tensor", how] for how in study.NORMS]
+    rows = study.measure_settings(told, settings)
+    assert rows[0]["arm"] == "float" and len(rows) == 10
+    for file in tmp_path.glob("uniform*.json"):  # as if killed before
+        file.unlink()
+    assert study.measure_settings(told, settings) == rows
+    with pytest.raises(ValueError, match="not allowed with a checkpoint: 'tensor' alone"):
+        study.check_checkpoint("a.safetensors", "channel", settings)
     with pytest.raises(ValueError, match="of another shape"):
         told.prepare("channel")
 
@@ -147,6 +154,22 @@ def test_norms_are_named(tmp_path):
         study.measure_settings(told, [["tensor", "best"]])
     with pytest.raises(ValueError, match="norms='means corrected' is not allowed at config=None"):
         study.set_norms(supernet, None, told.halves.calibration, "means corrected")
+
+
+def test_other_images_or_weights_are_refused(tmp_path):
+    study.measure_settings(subject(tmp_path), [["tensor", "measured again"]])
+    told = subject(tmp_path)
+    other = replace(told, halves=study.Halves(images(32, seed=5), images(24, seed=1)))
+    with pytest.raises(ValueError, match=r"float.json holds .*images"):
+        study.measure_settings(other, [["tensor", "measured again"]])
+
+
+def test_ways_without_a_level_of_uniform_bits_are_not_compared(tmp_path):
+    told = subject(tmp_path)
+    rows = study.measure_settings(told, [["tensor", "measured again"]])
+    rows += study.measure_policies(told, [4.5], ["assignment"], "tensor", 16, 1)
+    compared = pd.DataFrame(study.image_comparisons(pd.DataFrame(rows), "tensor"))
+    assert study.comparisons(compared) == []
 
 
 def test_halves_share_no_image(tmp_path):

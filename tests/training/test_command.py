@@ -126,6 +126,11 @@ def test_dry_runs_add_rows_to_a_table(tiny, tmp_path, capsys):
     speed = rows["batch_size"] / rows["seconds_per_step"]
     assert rows["images_per_second"].tolist() == pytest.approx(speed.tolist())
     assert [path.name for path in file.parent.iterdir()] == ["timings.csv"]
+    for content in ("", "arm,seed\nx,1\n", '{"a": 1}'):
+        (tmp_path / "other.csv").write_text(content)
+        with pytest.raises(ValueError, match=r"timings=.*other.csv'"):
+            main([*command, "--timings", str(tmp_path / "other.csv")])
+        assert (tmp_path / "other.csv").read_text() == content
     with pytest.raises(SystemExit):
         main(["--timings", "a.csv"])
     assert "timings='a.csv' needs --dry-run" in capsys.readouterr().err
