@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import Subset
 
@@ -23,7 +24,9 @@ from ..network.bits import BitConfig
 from ..network.classifier import copy_all_but_last
 from ..network.cost import bitops_at
 from ..network.supernet import Supernet
+from ..report.claims import differences
 from ..report.intervals import t_interval, top1_interval
+from ..report.plots import differences_plot
 from ..report.runs import measure
 from ..report.tables import markdown_table, show_markdown
 from ..search.assignment import front
@@ -300,3 +303,16 @@ def transfer_table(metrics: pd.DataFrame) -> Markdown:
         lines.append([arm, passes, *costs, interval(rows["top1"], ".1f"), apart])
     heads = ["arm", "image passes", *COSTS.values(), "test top-1 (%)", "minus float (points)"]
     return show_markdown(markdown_table(heads, lines))
+
+
+def below_float_plot(metrics: pd.DataFrame, margin: float = 1.0) -> Figure:
+    """Test top-1 of each quantized arm minus that of the float network, paired by seed.
+
+    `metrics`: rows of `Transfer.run`. The dashed line is `margin` points below float.
+    """
+    found = differences(metrics, "top1", "float", "level")
+    label = "test top-1 minus that of the float network (points), 95% interval"
+    figure = differences_plot(found, "compared", label)
+    figure.axes[0].axvline(-margin, color="0.6", linestyle="--", linewidth=1)
+    figure.axes[0].set(ylabel="")
+    return figure
