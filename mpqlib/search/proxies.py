@@ -185,15 +185,16 @@ def similarities(supernet: Supernet, x: Tensor) -> Tensor:
 def orthogonality_table(supernet: Supernet, x: Tensor, beta: float = 10.0) -> Sensitivity:
     """A table of OMPQ's measure: bits are worth more in layers that resemble few other layers.
 
-    `x`: as in `similarities`. A layer's importance is exp(-beta * (sum of its similarities to the
+    `x`: as in `similarities`. A layer's importance is exp(-beta * (mean of its similarities to the
     others)), and each of its bits is worth the mean importance of this layer and all later ones. It
     rates weights alone: solve it with `equal_bits=True`. Source: OMPQ (arXiv 2109.07865) and its
-    release.
+    release, which takes the sum of the similarities. In a network of fifty layers, sums make worths
+    so unequal that the program cannot tell most of them from 0.
     """
     matrix = similarities(supernet, x)
-    sums = (matrix.sum(1) - matrix.diagonal()).tolist()
-    # Only ratios count; without the smallest sum, all could be 0 in floating point.
-    importance = [exp(-beta * (total - min(sums))) for total in sums]
+    others = max(1, len(matrix) - 1)
+    means = ((matrix.sum(1) - matrix.diagonal()) / others).tolist()
+    importance = [exp(-beta * mean) for mean in means]
     names = list(supernet.layers)
     worth = {n: sum(importance[i:]) / len(importance[i:]) for i, n in enumerate(names)}
 
