@@ -171,7 +171,7 @@ def test_similarities_and_worth_of_bits(smooth):
         for j, g in enumerate(outputs):
             assert float(found[i, j]) == pytest.approx(naive_similarity(f, g), rel=1e-6)
     beta = 2.0
-    gamma = [sum(float(found[i, j]) for j in range(3) if j != i) for i in range(3)]
+    gamma = [sum(float(found[i, j]) for j in range(3) if j != i) / 2 for i in range(3)]
     theta = [math.exp(-beta * value) for value in gamma]
     worth = [sum(theta[i:]) / (3 - i) for i in range(3)]
     table = orthogonality_table(smooth, x, beta)

@@ -17,6 +17,7 @@ from mpqlib.network.supernet import Supernet
 from mpqlib.search.assignment import assignment
 from mpqlib.search.error import batch_error
 from mpqlib.studies import cora as study
+from mpqlib.studies import imagenet
 from mpqlib.training.loop import TrainConfig
 
 PROFILE = dict(
@@ -47,7 +48,7 @@ PROFILE = dict(
         (dict(policy_images=True), "policy_images=True is not allowed"),
         (dict(training="long"), "training='long' is not allowed: a dict of options"),
         (dict(training={"seed": 3}), r"training: \['seed'\] are not allowed here"),
-        (dict(training={"epoch": 3}), "'epoch' is not allowed: one of"),
+        (dict(training={"epoch": 3}), r"training: \['epoch'\] are not allowed here"),
         (dict(training={"lr": "fast"}), "lr='fast' is not allowed"),
         (dict(bits=4), "bits=4 is not allowed"),
         (dict(bits="4"), "bits='4' is a string"),
@@ -226,7 +227,7 @@ def test_a_pretrained_subject_halves_the_validation_images(tmp_path, monkeypatch
         (tmp_path / "val" / wnid).mkdir(parents=True)
         Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(tmp_path / "val" / wnid / "x.png")
     view = models.preprocessing("resnet20_cifar")
-    monkeypatch.setattr(study, "preprocessing", lambda name: view)
+    monkeypatch.setattr(imagenet, "preprocessing", lambda name: view)
     monkeypatch.setattr(study, "create", lambda name, classes, pretrained: TinyNet())
     config = TrainConfig(epochs=0)
     found = study.load_subject("x", study.PRETRAINED, tmp_path, 0, config=config)
