@@ -252,7 +252,7 @@ PAPER = [
         place="CoRa",
         measure=f"{TOP1} at 4 bits, 5% added weights",
         notebook="10_cora",
-        run="digits",
+        run="lite0_ranks",
     ),
 ]
 

@@ -37,7 +37,7 @@ from ..search.proxies import hessian_table, lower_by_list, noise_error, orthogon
 from ..search.sensitivity import Sensitivity, measure_sensitivity
 from ..training.calibration import fit_steps
 from ..training.evaluation import copy_statistics, correct_means, decoded, evaluate, recalibrate
-from .parameters import PLACE, Rule, check_parameters, items, one_of, optional, whole
+from .parameters import LEVELS, PLACE, Rule, check_parameters, items, one_of, optional, whole
 
 if TYPE_CHECKING:
     from IPython.display import Markdown
@@ -70,6 +70,7 @@ IMAGENET_RULES = {
     "data_root": optional(PLACE),
     "checkpoint": optional(PLACE),
     "settings": SETTINGS_RULE,
+    "primary": LEVELS,
     "arms": items(one_of(WAYS)),
     "granularity": one_of(GRANULARITIES),
     "probes": whole(1),
@@ -416,18 +417,22 @@ def image_rows(rows: pd.DataFrame, study: str, arm: str) -> list[dict]:
     return found
 
 
-def image_comparisons(measured: pd.DataFrame, granularity: str) -> list[dict]:
+def image_comparisons(
+    measured: pd.DataFrame, granularity: str, primary: Sequence[float]
+) -> list[dict]:
     """`image_rows` of four comparisons, so that arms can be paired by test image.
 
     `measured`: rows of `measure_settings` and `measure_policies`. "policies": all ways to choose
-    bits. "uniform": these and uniform bits, at the levels that both have. "norms": treatments of
-    the batch norms, and "granularity": of ranges of the weights, both at uniform bits.
+    bits. "uniform": these and uniform bits, at those levels of `primary` that both have. "norms":
+    treatments of the batch norms, and "granularity": of ranges of the weights, both at uniform
+    bits.
     """
     policies, uniform = (measured[measured["study"] == name] for name in ("policies", "uniform"))
     again = uniform[uniform["norms"] == "measured again"]
     same = uniform[uniform["granularity"] == granularity]
-    plain = same[(same["norms"] == "measured again") & same["level"].isin(policies["level"])]
-    both = pd.concat([plain, policies[policies["level"].isin(plain["level"])]])
+    levels = set(primary) & set(same["level"]) & set(policies["level"])
+    plain = pd.concat([same[same["norms"] == "measured again"], policies])
+    both = plain[plain["level"].isin(levels)]
     return [
         *image_rows(policies, "policies", "arm"),
         *image_rows(both, "uniform", "arm"),

@@ -107,7 +107,7 @@ def test_rows_are_measured_kept_and_compared_by_image(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "evaluate", None)
     pd.testing.assert_frame_equal(measure(), measured)  # from the files
 
-    rows = pd.DataFrame(study.image_comparisons(measured, "channel"))
+    rows = pd.DataFrame(study.image_comparisons(measured, "channel", [4, 5, 6]))
     for name, arm in [("policies", "assignment"), ("granularity", "tensor")]:
         part = rows[(rows["study"] == name) & (rows["arm"] == arm)]
         assert sorted(part["image"]) == list(range(24))
@@ -168,7 +168,7 @@ def test_ways_without_a_level_of_uniform_bits_are_not_compared(tmp_path):
     told = subject(tmp_path)
     rows = study.measure_settings(told, [["tensor", "measured again"]])
     rows += study.measure_policies(told, [4.5], ["assignment"], "tensor", 16, 1)
-    compared = pd.DataFrame(study.image_comparisons(pd.DataFrame(rows), "tensor"))
+    compared = pd.DataFrame(study.image_comparisons(pd.DataFrame(rows), "tensor", [4]))
     assert study.comparisons(compared) == []
 
 
