@@ -385,18 +385,22 @@ def image_rows(rows: pd.DataFrame, study: str, arm: str) -> list[dict]:
     return found
 
 
-def image_comparisons(measured: pd.DataFrame, granularity: str) -> list[dict]:
+def image_comparisons(
+    measured: pd.DataFrame, granularity: str, primary: Sequence[float]
+) -> list[dict]:
     """`image_rows` of four comparisons, so that arms can be paired by test image.
 
     `measured`: rows of `measure_settings` and `measure_policies`. "policies": all ways to choose
-    bits. "uniform": these and uniform bits, at the levels that both have. "norms": treatments of
-    the batch norms, and "granularity": of ranges of the weights, both at uniform bits.
+    bits. "uniform": these and uniform bits, at those levels of `primary` that both have. "norms":
+    treatments of the batch norms, and "granularity": of ranges of the weights, both at uniform
+    bits.
     """
     policies, uniform = (measured[measured["study"] == name] for name in ("policies", "uniform"))
     again = uniform[uniform["norms"] == "measured again"]
     same = uniform[uniform["granularity"] == granularity]
-    plain = same[(same["norms"] == "measured again") & same["level"].isin(policies["level"])]
-    both = pd.concat([plain, policies[policies["level"].isin(plain["level"])]])
+    levels = set(primary) & set(same["level"]) & set(policies["level"])
+    plain = pd.concat([same[same["norms"] == "measured again"], policies])
+    both = plain[plain["level"].isin(levels)]
     return [
         *image_rows(policies, "policies", "arm"),
         *image_rows(both, "uniform", "arm"),
