@@ -280,7 +280,7 @@ def create_weight_quantizer(
     weight: Tensor,
     initial_step: Callable[[Tensor, int, bool], Tensor],
     scale_step_gradient: bool,
-    per_channel: bool,
+    per_channel: bool = False,
 ) -> nn.Module:
     """The quantizer of weights with these candidate bits, checked by `bits.check_weight_bits`."""
     if len(bits) == 1 and bits[0] in FEW_VALUES:
