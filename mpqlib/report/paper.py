@@ -231,7 +231,7 @@ PAPER = [
         run="cifar10_small",
     ),
     Listed(
-        "Low-rank adapters recover the accuracy of a network quantized to 4 bits.",
+        "Low-rank adapters recover a part of the accuracy that 4-bit weights lose.",
         sign=+1,
         value="top1",
         arm="adapters",
