@@ -22,6 +22,11 @@ from mpqlib.training.loop import TrainConfig
 os.register_at_fork(after_in_child=gc.freeze)
 
 
+# nbval reads the outputs of a cell when it has ended. If progress bars send more messages than fit
+# into the queue, the last ones are lost, and nbval waits for them in vain. So bars move rarely.
+os.environ.setdefault("TQDM_MININTERVAL", "5")  # s
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Return 0 to run a single file without workers, or None for one worker for each core."""
     paths = [Path(argument.partition("::")[0]) for argument in config.args]
