@@ -173,7 +173,7 @@ def documents(claims: Sequence[Claim]) -> list[dict]:
 
 def listed_cells(claim: Listed, results: Path) -> list[str]:
     """The row under HEADS of a claim that its own stored run judges."""
-    row = ["", "", "", "", "", f"*not tested*: {claim.notebook} has no run yet"]
+    row = ["", "", "", "", "", f"*not tested*: no run of {claim.notebook} judges it yet"]
     if claim.run is not None:
         run = f"{claim.notebook}/{claim.run}"
         metrics = pd.read_csv(Path(results) / run / "metrics.csv")
@@ -189,8 +189,8 @@ INTRODUCTION = f"""\
 Each claim of a paper is judged by one measure on one run, the largest there is. The difference is
 arm minus base, paired by seed, with its 95% t-interval. *Reproduced*: the interval excludes zero
 and the difference has the claimed sign. *Contradicted*: it excludes zero, with the opposite sign.
-*Undecided*: it holds zero; the table says which effects it excludes. *Not tested*: no run yet, or
-fewer than {LEAST} seeds. *Earlier rules*: the run was made before the training rules were those of
+*Undecided*: it holds zero; the table says which effects it excludes. *Not tested*: no run judges
+it yet, or there are fewer than {LEAST} seeds. *Earlier rules*: the run was made before the training rules were those of
 RFQuant's release. These runs use small networks and data sets; none was trained on ImageNet.
 The papers' figures were taken from summaries by others and are not yet checked against the papers.
 """

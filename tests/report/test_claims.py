@@ -175,7 +175,7 @@ def test_the_first_page_judges_listed_claims_by_their_stored_run(root):
     assert judged[2] == "better \u2248 71, plain \u2248 70"
     assert judged[3].startswith("\u2248 +1 [")
     assert judged[4:] == ["5 seeds, [05 small](results/05_x/small)", "*reproduced*"]
-    assert untested[-1] == "*not tested*: 05_x has no run yet"
+    assert untested[-1] == "*not tested*: no run of 05_x judges it yet"
     assert ours[-1] == "*holds*"
     claims.write(root)
     assert (root / "README.md").read_text() == text
