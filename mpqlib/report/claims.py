@@ -190,8 +190,9 @@ Each claim of a paper is judged by one measure on one run, the largest there is.
 arm minus base, paired by seed, with its 95% t-interval. *Reproduced*: the interval excludes zero
 and the difference has the claimed sign. *Contradicted*: it excludes zero, with the opposite sign.
 *Undecided*: it holds zero; the table says which effects it excludes. *Not tested*: no run judges
-it yet, or there are fewer than {LEAST} seeds. *Earlier rules*: the run was made before the training rules were those of
-RFQuant's release. These runs use small networks and data sets; none was trained on ImageNet.
+it yet, or there are fewer than {LEAST} seeds. *Earlier rules*: the run was made before the
+training rules were those of RFQuant's release. These runs use small networks and data sets; none
+was trained on ImageNet.
 The papers' figures were taken from summaries by others and are not yet checked against the papers.
 """
 
