@@ -279,11 +279,13 @@ def load_weights(path: Path, model: nn.Module) -> dict:
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
     """Copies `tensors`, which come from `path` (a file, or words for it), into the model.
 
-    Raises ValueError, with the first names, if tensors are missing, unexpected or of another shape,
-    or if they differ where the model shares one tensor. The model is then unchanged.
+    Raises ValueError, with the first names, if tensors are missing, unexpected, of another shape or
+    type, or if they differ where the model shares one tensor. The model is then unchanged.
     """
     own = model.state_dict(keep_vars=True)
-    shapes = [n for n in own if n in tensors and own[n].shape != tensors[n].shape]
+    both = [n for n in own if n in tensors]
+    shapes = [n for n in both if own[n].shape != tensors[n].shape]
+    types = [n for n in both if own[n].dtype != tensors[n].dtype]
     sharing = defaultdict(list)
     for name, tensor in own.items():
         sharing[id(tensor)].append(name)
@@ -292,6 +294,9 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
         "unexpected": [repr(n) for n in sorted(tensors) if n not in own],
         "of another shape": [
             f"{n!r} {tuple(tensors[n].shape)}, in the model {tuple(own[n].shape)}" for n in shapes
+        ],
+        "of another type": [
+            f"{n!r} {tensors[n].dtype}, in the model {own[n].dtype}" for n in types
         ],
     }
     if not any(wrong.values()):

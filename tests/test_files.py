@@ -309,6 +309,10 @@ def test_tied_weights_are_saved_and_loaded(tmp_path):
             r"2 of another shape \('1.weight' \(2, 4\), in the model \(5, 4\), '1.bias'",
         ),
         (lambda: nn.Sequential(*[nn.Linear(3, 3) for _ in range(9)]), r"14 missing \(.*\.\.\.\)"),
+        (
+            lambda: linear().double(),
+            r"4 of another type \('0.weight' torch.float32, in the model torch.float64, ",
+        ),
     ],
 )
 def test_weights_of_another_network_are_named(other, named, tmp_path):

@@ -22,8 +22,8 @@ def copy_all_but_last(trained: nn.Module, fresh: nn.Module) -> None:
     Both are float networks, or both are supernets. They may differ in their number of classes
     alone. The last layers, with their quantizers, stay as they are in `fresh`, even if their shapes
     are equal: the classes are others.
-    Raises ValueError if any other tensor is missing, unexpected or of another shape, or if two
-    supernets differ in candidates or in shared quantizers. `fresh` is then unchanged.
+    Raises ValueError if any other tensor is missing, unexpected or of another shape or type, or if
+    two supernets differ in candidates or in shared quantizers. `fresh` is then unchanged.
     """
     if isinstance(trained, Supernet) and isinstance(fresh, Supernet):
         choices, own = (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..network.observation import eval_mode, hooked
 from ..network.quantizer import Quantizer, integer_range
 from ..network.supernet import Supernet, check_supernet
-from .evaluation import check_statistics
+from .evaluation import check_statistics, void_statistics
 
 SHARES = torch.logspace(-1.3, 0, 81)  # of the largest step that is tried, 4% from one to the next
 SAMPLE = 2**15  # values that a layer reads, at most, for the step sizes of its activations
@@ -72,7 +72,8 @@ def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
     """Sets all step sizes to those with the least squared rounding error.
 
     Of weights by the weights themselves, of activations by what the layers read of `images`
-    (N, C, H, W) in float mode. Statistics of batch norms stay: measure or copy them afterwards.
+    (N, C, H, W) in float mode. Measure or copy the statistics of batch norms afterwards: those that
+    were measured before belong to other steps, and `evaluate` refuses them.
     Raises ValueError for another model, without images, for values that are not finite, and, as
     `check_statistics` does, if float mode has no statistics of its own.
     """
@@ -92,6 +93,7 @@ def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
             _set_steps(quantizer, rows)
     for quantizer, values in read.items():
         _set_steps(quantizer, values[None])
+    void_statistics(supernet)
 
 
 def _set_steps(quantizer: Quantizer, rows: Tensor) -> None:

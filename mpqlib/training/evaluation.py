@@ -223,10 +223,11 @@ def check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
     norms = _running_norms(supernet, config)
     known = {name: norm.measured_for() for name, norm in norms.items()}
     remedy = "pass calibration=<training images> to evaluate, or call recalibrate first"
-    if wrong := [n for n, configs in known.items() if configs and _key(config) not in configs]:
+    told = {name: configs for name, configs in known.items() if configs is not None}
+    if wrong := [name for name, configs in told.items() if _key(config) not in configs]:
         raise ValueError(
             f"{len(wrong)} of {len(norms)} batch norms, such as {wrong[0]!r}, hold statistics of "
-            f"another configuration: {remedy}"
+            f"another configuration, or of other step sizes: {remedy}"
         )
     unknown = [name for name, configs in known.items() if configs is None]
     if config is None and unknown and _trained_one_shot(supernet):
@@ -234,6 +235,18 @@ def check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
             f"float mode after one-shot training: {len(unknown)} of {len(norms)} batch norms, such "
             f"as {unknown[0]!r}, hold no statistics of the present weights: {remedy}"
         )
+
+
+def void_statistics(supernet: Supernet) -> None:
+    """Makes `check_statistics` refuse what was measured until now, except in float mode.
+
+    For a change that moves what quantized layers put out, such as other step sizes.
+    """
+    banks = [layer.bank for layer in _normed_layers(supernet).values()]
+    for holder in (*batch_norms(supernet), *banks):
+        measured = vars(holder).get("measured", {})
+        for row, last in measured.items():
+            measured[row] = last._replace(configs=last.configs & {None})
 
 
 @contextmanager

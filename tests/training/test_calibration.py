@@ -119,6 +119,20 @@ def test_statistics_that_training_left_behind_are_refused(dataset):
         call()
 
 
+def test_statistics_measured_with_other_steps_are_refused(dataset):
+    torch.manual_seed(0)
+    supernet = Supernet(TinyNet(), dataset.tensors[0][:16], (2, 3, 4))
+    config = supernet.uniform(3)
+    recalibrate(supernet, dataset, None)
+    recalibrate(supernet, dataset, config)
+    fit_steps(supernet, dataset.tensors[0])
+    evaluate(supernet, dataset)  # float mode has no steps
+    with pytest.raises(ValueError, match="or of other step sizes: pass calibration="):
+        evaluate(supernet, dataset, config)
+    evaluate(supernet, dataset, config, calibration=dataset)
+    evaluate(supernet, dataset, config)
+
+
 def test_steps_need_images_and_a_supernet():
     with pytest.raises(ValueError, match="supernet is a TinyNet"):
         fit_steps(TinyNet(), images(4).tensors[0])
