@@ -51,6 +51,7 @@ WAYS = (
     "greedy",
     "assignment, equal bits",
     "SQNR list",
+    "assignment, noise",
     "Hessian trace",
     "orthogonality",
 )
@@ -277,8 +278,9 @@ def choose_bits(
     `x`: images (N, C, H, W). `y`: labels (N). "assignment" and "greedy" score by the cross-entropy
     on them. "greedy" is one search down to the lowest budget, of whose path each budget takes the
     step with the lowest error within it. "SQNR list" lowers the bits that add the least noise to
-    the outputs. The others solve an integer program with weights and activations of equal bits;
-    "assignment, equal bits" shows what this costs. `probes`: random vectors for the Hessian.
+    the outputs; "assignment, noise" takes this noise as its error. The others solve an integer
+    program with weights and activations of equal bits; "assignment, equal bits" shows what this
+    costs. `probes`: random vectors for the Hessian.
     """
     error = cache(batch_error(supernet, x, y))
 
@@ -297,6 +299,8 @@ def choose_bits(
         noise = noise_error(supernet, x)
         table = measure_sensitivity(supernet, noise, largest(supernet.candidates))
         return [lower_by_list(supernet, table, budget) for budget in budgets]
+    if arm == "assignment, noise":
+        return [step.config for step in front(supernet, noise_error(supernet, x), budgets)]
     if arm == "Hessian trace":
         return solved(hessian_table(supernet, x, y, probes))
     if arm == "orthogonality":
