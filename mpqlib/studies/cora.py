@@ -263,11 +263,12 @@ def trials_at_size(
     return trials
 
 
-def depthwise_arms(network: nn.Module, bits: int) -> dict[str, dict]:
+def depthwise_arms(network: nn.Module, bits: int, equal_bits: float) -> dict[str, dict]:
     """Ways to treat depth-wise convolutions, for `trials_at_size`; none if there are none.
 
-    All other convolutions have `bits` and adapters. "shared filters": so have they. "one bit more":
-    in all convolutions alike.
+    All other convolutions have `bits` and adapters. "shared filters": so have they. The last two
+    treat all convolutions alike. "one bit more": with adapters. "bits alone": `equal_bits`, without
+    adapters; of a number that is not whole, the next lower one.
     """
     convs = convolutions(network)
     names = [name for name, c in convs.items() if c.groups == c.in_channels > 1]
@@ -283,6 +284,7 @@ def depthwise_arms(network: nn.Module, bits: int) -> dict[str, dict]:
         "8 bits": dict(bits=at(8), exempt=names),
         "float weights": dict(bits=at(FLOAT_BITS)),
         "one bit more": dict(bits=dict.fromkeys(convs, bits + 1)),
+        "bits alone": dict(bits=dict.fromkeys(convs, int(equal_bits)), budget=0),
     }
 
 

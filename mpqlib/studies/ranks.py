@@ -219,8 +219,9 @@ def _place_adapters(
             kept[name] = conv
     least = sum(conv.component for conv in kept.values()) / adapted.weights
     if kept and not budget >= least:
+        enough = ceil(1e4 * least) / 1e4  # rounded up, so that the number shown is allowed
         raise ValueError(
-            f"budget={budget!r} is not allowed: 0, or at least {least:.4f}, which adapters of rank "
+            f"budget={budget!r} is not allowed: 0, or at least {enough}, which adapters of rank "
             f"1 in {len(kept)} convolutions need; `exempt` takes some of them out"
         )
     full = sum(c.rank * c.component for c in kept.values()) / adapted.weights

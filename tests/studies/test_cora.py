@@ -137,7 +137,7 @@ def test_rows_say_what_was_measured(subject):
 
 
 def test_depthwise_arms_have_the_same_size(subject):
-    arms = study.depthwise_arms(subject.network, 3)
+    arms = study.depthwise_arms(subject.network, 3, 10.0)
     trials = study.trials_at_size(subject.network, "depth-wise", 10.0, arms, {})
     rows = measured(subject, trials, seeds=[0]).set_index("arm")
     sizes = rows["equivalent_bits"]
@@ -150,7 +150,7 @@ def test_depthwise_arms_have_the_same_size(subject):
         study.trials_at_size(subject.network, "depth-wise", 5.0, arms, {})
     with pytest.raises(ValueError, match=r"equal_bits=12 .* leaves 9.000 bits beside the weights"):
         study.trials_at_size(subject.network, "depth-wise", 12, arms, {})
-    assert study.depthwise_arms(nn.Sequential(nn.Conv2d(3, 3, 1)), 4) == {}
+    assert study.depthwise_arms(nn.Sequential(nn.Conv2d(3, 3, 1)), 4, 6) == {}
 
 
 def test_mixed_bits_keep_their_mean_and_the_network(subject):
