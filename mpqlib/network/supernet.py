@@ -189,7 +189,10 @@ class Supernet(nn.Module):
         structure = trace(model)
         _check_example(model, example)
         if unknown := set(overrides) - set(structure.norms):
-            raise ValueError(f"overrides name no layer: {sorted(unknown)}; {list(structure.norms)}")
+            raise ValueError(
+                f"overrides name layers that the network does not have: {sorted(unknown)}; it has "
+                f"{list(structure.norms)}"
+            )
         self.first = sorted(structure.first) if edge else []
         self.last = sorted(structure.last) if edge else []
         self.input_shape = tuple(example.shape[1:])  # (C, H, W)

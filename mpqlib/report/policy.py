@@ -13,7 +13,7 @@ from ..models import create
 from ..network.bits import BitConfig, Candidates
 from ..network.cost import COST_MODEL, bitops
 from ..network.layers import QuantConvBN
-from ..network.supernet import Supernet, check_steps
+from ..network.supernet import Supernet, check_steps, check_supernet
 from ..training.evaluation import check_statistics, move_channels_last, select_device
 
 POLICY, WEIGHTS = "policy.json", "supernet.safetensors"  # stored beside one another
@@ -76,13 +76,14 @@ def save_policy(
     Call `recalibrate` at `config` before: the batch norms are stored with their present statistics.
     `about`: further entries of policy.json. With "model" (a name that `models.create` knows) and
     "classes" (their number), `load_policy` can build the network itself; "width" is 1 by default.
-    Replaces an earlier policy
-    in `folder`; after an interruption, either the earlier or the new one loads. Raises ValueError,
-    before anything is written, if `config` does not fit the supernet, if batch norms hold
-    statistics of another configuration, if a step size is 0, or for `about` that cannot be stored;
-    and if a file cannot be written, which leaves the earlier policy as it was.
+    Replaces an earlier policy in `folder`; after an interruption, either the earlier or the new one
+    loads. Raises ValueError, before anything is written, for another model, if `config` does not
+    fit the supernet, if batch norms hold statistics of another configuration, if a step size is 0,
+    or for `about` that cannot be stored; and if a file cannot be written, which leaves the earlier
+    policy as it was.
     """
     folder, about = Path(folder), plain(dict(about or {}), "about")
+    check_supernet("supernet", supernet)
     check_statistics(supernet, config)
     new = folder / f"new.{WEIGHTS}"
     sha256 = save_weights(new, supernet, about)
@@ -150,10 +151,7 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
     """The supernet that `stored` describes, with fresh weights."""
     if model is None:
         if missing := [key for key in ("model", "classes") if key not in stored]:
-            raise ValueError(
-                f"{path} lacks {missing}, so the network cannot be built: pass model=<the float "
-                "network>"
-            )
+            raise ValueError(f"{path} lacks {missing}, so the network cannot be built")
         model = create(stored["model"], stored["classes"], width=stored.get("width", 1.0))
     candidates = {n: Candidates(*map(tuple, c)) for n, c in stored["candidates"].items()}
     # Steps and signs, which the example would set, are stored with the weights.

@@ -72,13 +72,16 @@ def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
     """Sets all step sizes to those with the least squared rounding error.
 
     Of weights by the weights themselves, of activations by what the layers read of `images`
-    (N, C, H, W) in float mode. Measure or copy the statistics of batch norms afterwards: those that
-    were measured before belong to other steps, and `evaluate` refuses them.
+    (N, C, H, W) in float mode. Statistics of batch norms stay, but belong to the earlier steps:
+    `evaluate` and `save_policy` refuse them until `recalibrate`, `correct_means` or
+    `copy_statistics` has set them for a configuration.
     Raises ValueError for another model, without images, for values that are not finite, and, as
     `check_statistics` does, if float mode has no statistics of its own.
     """
     check_supernet("supernet", supernet)
     check_statistics(supernet, None)
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images is a {type(images).__name__}: a tensor (N, C, H, W) is needed")
     if not len(images):
         raise ValueError("images is empty: step sizes of activations need some")
     for name, layer in supernet.layers.items():

@@ -106,7 +106,7 @@ def load_images(profile: Profile, synthetic: bool) -> tuple[Dataset, Tensor, int
     """Training images, examples (N, 3, H, W) and the number of classes.
 
     `synthetic`: noise as large as ImageNet stands for the images. Raises ValueError without the
-    folder of a data set.
+    folder of a data set, and for a folder that is not read.
     """
     p = profile
     if synthetic:
@@ -116,6 +116,8 @@ def load_images(profile: Profile, synthetic: bool) -> tuple[Dataset, Tensor, int
         return noise, torch.stack([noise[i][0] for i in range(EXAMPLES)]), classes
     if p.data_root is None and p.dataset != "digits":
         raise ValueError(f"data_root is not set: name the folder of dataset={p.dataset!r}")
+    if p.data_root is not None and p.dataset == "digits":
+        raise ValueError(f"data_root={p.data_root!r} is not read by dataset='digits': name another")
     view = models.preprocessing(p.model) if p.pretrained else {}
     view |= dict(image_size=p.image_size, train_images=p.train_images)
     splits = data.load(p.dataset, p.data_root or "data", **view)

@@ -1,6 +1,6 @@
 """Accuracy of a float model or of a supernet's configuration, and batch-norm statistics."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,15 @@ def move_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=layout)
 
 
+def check_dataset(name: str, dataset: Dataset) -> None:
+    """Raises ValueError for a tensor in place of a dataset, which error messages call `name`."""
+    if isinstance(dataset, Tensor):
+        raise ValueError(
+            f"{name} is a tensor: pass a dataset of items (image, label), such as "
+            "TensorDataset(images, labels)"
+        )
+
+
 def decoded(dataset: Dataset) -> TensorDataset:
     """All items (image, label) of `dataset` as tensors in memory, for reading them many times.
 
@@ -67,6 +76,10 @@ class Evaluation(NamedTuple):
     def top1(self) -> float:
         """Share of images that were classified correctly, 0 to 1."""
         return float(self.correct.float().mean())
+
+    def __repr__(self) -> str:
+        numbers = f"top1={self.top1:.4f}, loss={self.loss:.4f}"
+        return f"{type(self).__name__}({numbers}, images={len(self.correct)})"
 
 
 def evaluate(
@@ -94,6 +107,7 @@ def evaluate(
     that are no logits (N, classes), for labels that are no class of the model, for a step size of
     0, and for a `config` or `calibration` of a float model.
     """
+    check_dataset("dataset", dataset)
     if not len(dataset):
         raise ValueError("dataset is empty: there is nothing to evaluate")
     device = select_device(device)
@@ -162,8 +176,7 @@ class _RunningNorm:
 
     def set_statistics(self, mean: Tensor, var: Tensor, config: BitConfig | None) -> None:
         """Sets the statistics and records that they belong to `config`."""
-        measured = vars(self.holder).setdefault("measured", {})
-        configs, last = {_key(config)}, measured.get(self.row)
+        configs, last = {_key(config)}, vars(self.holder).get("measured", {}).get(self.row)
         # Two configurations can share statistics, as in the first layer, which reads the same
         # images.
         if last and all(map(torch.allclose, last[1:], (mean.cpu(), var.cpu()))):
@@ -171,7 +184,14 @@ class _RunningNorm:
         running_mean, running_var, _ = self.buffers
         running_mean.copy_(mean)
         running_var.copy_(var)
-        measured[self.row] = _Measured(frozenset(configs), mean.cpu(), var.cpu())
+        self.set_owners(configs)
+
+    def set_owners(self, configs: Collection) -> None:
+        """Records that the present statistics belong to `configs` alone, keys of `_key`."""
+        mean, var, _ = (buffer.cpu().clone() for buffer in self.buffers)
+        vars(self.holder).setdefault("measured", {})[self.row] = _Measured(
+            frozenset(configs), mean, var
+        )
 
     def measured_for(self) -> frozenset | None:
         """The configurations that the statistics belong to, or None if unknown."""
@@ -238,15 +258,15 @@ def check_statistics(supernet: Supernet, config: BitConfig | None) -> None:
 
 
 def void_statistics(supernet: Supernet) -> None:
-    """Makes `check_statistics` refuse what was measured until now, except in float mode.
+    """Makes `check_statistics` refuse the present statistics, except in float mode.
 
     For a change that moves what quantized layers put out, such as other step sizes.
     """
-    banks = [layer.bank for layer in _normed_layers(supernet).values()]
-    for holder in (*batch_norms(supernet), *banks):
-        measured = vars(holder).get("measured", {})
-        for row, last in measured.items():
-            measured[row] = last._replace(configs=last.configs & {None})
+    for norm in _running_norms(supernet, None).values():
+        norm.set_owners({None})
+    for layer in _normed_layers(supernet).values():
+        for row in range(len(layer.bank.running_mean)):
+            _RunningNorm(layer.norm, layer.bank, row).set_owners(())
 
 
 @contextmanager
@@ -293,11 +313,12 @@ def recalibrate(
     right before evaluating, or use `evaluate(..., calibration=dataset)`. All modules return to
     their earlier mode. After an error, the statistics are the old ones.
 
-    Raises ValueError for another model, if `images` is not a whole number of at least 2 or
-    `batch_size` of at least 1, for fewer than two images in `dataset`, for a `config` of another
-    supernet, and for statistics that are not finite.
+    Raises ValueError for another model or a tensor as `dataset`, if `images` is not a whole number
+    of at least 2 or `batch_size` of at least 1, for fewer than two images in `dataset`, for a
+    `config` of another supernet, and for statistics that are not finite.
     """
     check_supernet("supernet", supernet)
+    check_dataset("dataset", dataset)
     for name, value, least in (("images", images, 2), ("batch_size", batch_size, 1)):
         if not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")

@@ -29,7 +29,7 @@ from .distributed import (
     from_first,
     rank_and_size,
 )
-from .evaluation import move_channels_last, select_device
+from .evaluation import check_dataset, move_channels_last, select_device
 from .optimization import (
     average_weights,
     averaged_model,
@@ -619,6 +619,7 @@ def train(
     Raises FloatingPointError, with epoch, step and layer, when losses, gradients or weights become
     NaN or infinite; the checkpoint stays as it was.
     """
+    check_dataset("dataset", dataset)
     device = select_device(device)
     model = move_channels_last(model, device).train()
     model.zero_grad()  # a gradient from before would count in the first step

@@ -182,7 +182,7 @@ def test_a_policy_of_an_earlier_version_is_named(stored):
 
 
 def test_a_network_without_a_name_must_be_given(stored):
-    with pytest.raises(ValueError, match=r"lacks \['classes'\].*pass model=<the float network>"):
+    with pytest.raises(ValueError, match=r"lacks \['classes'\].*pass model=<your float network>"):
         mpqlib.load_policy(stored)
 
 

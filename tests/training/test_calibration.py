@@ -123,19 +123,26 @@ def test_statistics_measured_with_other_steps_are_refused(dataset):
     torch.manual_seed(0)
     supernet = Supernet(TinyNet(), dataset.tensors[0][:16], (2, 3, 4))
     config = supernet.uniform(3)
+    evaluate(supernet, dataset, config)  # as in the float network: allowed
     recalibrate(supernet, dataset, None)
     recalibrate(supernet, dataset, config)
     fit_steps(supernet, dataset.tensors[0])
     evaluate(supernet, dataset)  # float mode has no steps
     with pytest.raises(ValueError, match="or of other step sizes: pass calibration="):
         evaluate(supernet, dataset, config)
+    with pytest.raises(ValueError, match="or of other step sizes"):  # nor was it measured
+        evaluate(supernet, dataset, supernet.uniform(4))
     evaluate(supernet, dataset, config, calibration=dataset)
     evaluate(supernet, dataset, config)
+    copy_statistics(supernet, supernet.uniform(4))
+    evaluate(supernet, dataset, supernet.uniform(4))
 
 
 def test_steps_need_images_and_a_supernet():
     with pytest.raises(ValueError, match="supernet is a TinyNet"):
         fit_steps(TinyNet(), images(4).tensors[0])
+    with pytest.raises(ValueError, match="images is a TensorDataset: a tensor"):
+        fit_steps(Supernet(TinyNet(), images(8).tensors[0], (2, 4)), images(8))
     supernet = Supernet(TinyNet(), images(8).tensors[0], (2, 4))
     with pytest.raises(ValueError, match="images is empty"):
         fit_steps(supernet, images(8).tensors[0][:0])

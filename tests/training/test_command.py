@@ -141,6 +141,11 @@ def test_a_dry_run_of_too_few_steps_is_refused(tiny):
         main(["--dry-run", "--image-size", "8", "--epochs", "1", "--bits", "[2, 4]"])
 
 
+def test_a_folder_that_is_not_read_is_named():
+    with pytest.raises(ValueError, match="data_root='images' is not read by dataset='digits'"):
+        main(["--dry-run", "--data-root", "images"])
+
+
 def test_a_data_set_without_its_folder_is_named():
     with pytest.raises(ValueError, match="data_root is not set: name the folder of dataset='pets'"):
         main(["--dataset", "pets"])

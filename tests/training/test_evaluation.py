@@ -156,6 +156,13 @@ def test_outputs_that_are_no_logits_are_named(dataset):
 def test_evaluate_refuses_what_it_cannot_count(supernet, dataset):
     x, y = dataset.tensors
     network = TinyNet()
+    for call in (
+        lambda: evaluate(network, x),
+        lambda: recalibrate(supernet, x, None),
+        lambda: train(network, x, TrainConfig(epochs=1, batch_size=16)),
+    ):
+        with pytest.raises(ValueError, match="dataset is a tensor: pass a dataset of items"):
+            call()
     with pytest.raises(ValueError, match="dataset is empty"):
         evaluate(network, Subset(dataset, []))
     with pytest.raises(ValueError, match="dataset is empty"):
