@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -171,6 +172,20 @@ def documents(claims: Sequence[Claim]) -> list[dict]:
     return [asdict(claim) for claim in claims]
 
 
+def count_statuses(listed: Sequence[Listed], results: Path) -> str:
+    """How many of the claims have which status, in words."""
+
+    def found(claim: Listed) -> str:
+        if claim.run is None:
+            return "not tested"
+        path = Path(results) / claim.notebook / claim.run / "metrics.csv"
+        return assess(pd.read_csv(path), claim).status
+
+    counts = Counter(map(found, listed))
+    order = [*WORDS["paper"], *WORDS["ours"], "undecided", "not tested"]
+    return ", ".join(f"{counts[way]} *{way}*" for way in order if counts[way])
+
+
 def listed_cells(claim: Listed, results: Path) -> list[str]:
     """The row under HEADS of a claim that its own stored run judges."""
     row = ["", "", "", "", "", f"*not tested*: no run of {claim.notebook} judges it yet"]
@@ -186,14 +201,15 @@ def listed_cells(claim: Listed, results: Path) -> list[str]:
 
 
 INTRODUCTION = f"""\
-Each claim of a paper is judged by one measure on one run, the largest there is. The difference is
-arm minus base, paired by seed, with its 95% t-interval. *Reproduced*: the interval excludes zero
-and the difference has the claimed sign. *Contradicted*: it excludes zero, with the opposite sign.
-*Undecided*: it holds zero; the table says which effects it excludes. *Not tested*: no run judges
-it yet, or there are fewer than {LEAST} seeds. *Earlier rules*: the run was made before the
-training rules were those of RFQuant's release. These runs use small networks and data sets; none
-was trained on ImageNet.
-The papers' figures were taken from summaries by others and are not yet checked against the papers.
+Each claim of a paper is judged by one measure on one run: the largest there is, not chosen by its
+result. The difference is arm minus base, paired by seed, with its 95% t-interval. *Reproduced*: the
+interval excludes zero and the difference has the claimed sign. *Contradicted*: it excludes zero,
+with the opposite sign. *Undecided*: it holds zero; the table says which effects it excludes. *Not
+tested*: no run judges it yet, or there are fewer than {LEAST} seeds. *Earlier rules*: the run was
+made before the training rules were those of RFQuant's release. These runs use small networks and
+data sets. None was trained on ImageNet; EfficientNet-Lite0 came with weights that others trained
+there. The papers' figures were taken from summaries by others and are not yet checked against the
+papers.
 """
 
 
@@ -203,10 +219,12 @@ def first_page(results: Path = RESULTS) -> str:
         markdown_table(HEADS, [listed_cells(claim, results) for claim in listed])
         for listed in (PAPER, FINDINGS)
     )
+    paper_counts, our_counts = (count_statuses(listed, results) for listed in (PAPER, FINDINGS))
     parts = [
+        f"{len(PAPER)} claims of three papers: {paper_counts}.",
         INTRODUCTION.rstrip(),
         paper,
-        "Our own findings, judged alike, *hold* or *do not hold*:",
+        f"{len(FINDINGS)} findings of our own, judged alike: {our_counts}.",
         ours,
         "All rows of all runs are in [`results/README.md`](results/README.md).",
     ]

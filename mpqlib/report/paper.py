@@ -56,6 +56,7 @@ class Listed(Claim):
 
 
 TOP1 = "test top-1 (%)"
+LITE0 = "top-1 (%) of EfficientNet-Lite0, 250 test images, which seeds share in part"
 FIG1 = dict(  # a random pass of 2 or 4 bits beside each 4-bit pass, or a second 4-bit pass
     sign=+1,
     arm="shared",
@@ -203,7 +204,7 @@ PAPER = [
         base="float",
         margin=1.0,
         place="RFQuant, transfer",
-        measure=f"{TOP1}, at most 1 point below float; a short fine-tuning",
+        measure=f"{TOP1}, at most 1 point below float; short, float has four times the updates",
         notebook="08_transfer",
         run="cifar10",
     ),
@@ -238,7 +239,7 @@ PAPER = [
         base="quantized",
         where={"study": "recovery", "bits": 4, "granularity": "channel", "norms": "kept"},
         place="CoRa",
-        measure=f"{TOP1}, uniform ranks, 5% added weights; seeds share test images",
+        measure=f"ImageNet {LITE0}, batch norms kept, uniform ranks, 5% added weights",
         notebook="10_cora",
         run="lite0",
     ),
@@ -250,7 +251,7 @@ PAPER = [
         base="uniform",
         where={"study": "ranks", "bits": 4},
         place="CoRa",
-        measure=f"{TOP1} at 4 bits, 5% added weights; seeds share test images",
+        measure=f"ImageNet {LITE0}, batch norms measured again, 4 bits, 5% added weights",
         notebook="10_cora",
         run="lite0_ranks",
     ),
@@ -299,7 +300,8 @@ FINDINGS = [
         **SEARCH,
     ),
     Listed(
-        "Greedy search by error per saved BitOPs beats the paper's rule, a weighted sum of both.",
+        "Greedy search by error per saved BitOPs beats the paper's rule, a weighted sum of both:"
+        " small network, CIFAR-10.",
         sign=-1,
         value="judged",
         arm="ratio",

@@ -35,7 +35,8 @@ def searched_beside_uniform(front: pd.DataFrame, level: float) -> pd.DataFrame:
     """Test top-1 of the greedy search and of the best uniform bits at one budget, a row per seed.
 
     `front`: rows of the study "front" of 04_search. `level`: of the budget. The uniform bits are
-    the best on the search split within the budget. Columns: `budget_g`, `searched`, `uniform`.
+    the best on the search split within the budget. Columns: `budget_g`, `searched`, `uniform`, and
+    `uniform_g`, the BitOPs of the uniform bits.
     """
     rows = []
     for seed, part in front.groupby("seed"):
@@ -43,20 +44,19 @@ def searched_beside_uniform(front: pd.DataFrame, level: float) -> pd.DataFrame:
         uniform = part[(part["arm"] == "uniform") & (part["bitops_g"] <= found["budget_g"])]
         best = uniform.loc[uniform["search_top1"].idxmax()]
         top1 = {"searched": found["top1"], "uniform": best["top1"]}
-        rows.append({"seed": seed, "budget_g": found["budget_g"]} | top1)
+        costs = {"budget_g": found["budget_g"], "uniform_g": best["bitops_g"]}
+        rows.append({"seed": seed} | costs | top1)
     return pd.DataFrame(rows)
 
 
 def _compared(rows: pd.DataFrame) -> tuple[str, str]:
     """The cells of the searched policy and of uniform bits, from one row per seed."""
     searched, uniform = rows["searched"].mean(), rows["uniform"].mean()
+    beside = f"{uniform:.1f} (at {rows['uniform_g'].mean():.3g} G)"
     if len(rows) == 1:
-        return f"{searched:.1f}", f"{uniform:.1f}"
+        return f"{searched:.1f}", beside
     gain = t_interval(rows["searched"] - rows["uniform"])
-    return (
-        f"{searched:.1f} ({gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}])",
-        f"{uniform:.1f}",
-    )
+    return f"{searched:.1f} ({gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}])", beside
 
 
 def _seeds(count: int, folders: list[Path]) -> str:
@@ -83,7 +83,8 @@ def _trained_cells(folders: list[Path]) -> list[str]:
     for run in found:
         within = [row for row in run["uniform"] if row["bitops_g"] <= budget]
         best = max(within, key=lambda row: row["search_top1"])
-        rows.append({"searched": run["searched"]["top1"], "uniform": best["top1"]})
+        top1 = {"searched": run["searched"]["top1"], "uniform": best["top1"]}
+        rows.append({"uniform_g": best["bitops_g"]} | top1)
     return [
         _named(folders[0]),
         f"{budget:.3g}",

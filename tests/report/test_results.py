@@ -70,7 +70,7 @@ def test_runs_of_several_seeds_are_one_row_with_an_interval(tmp_path, monkeypatc
         "resnet18, digits (scikit-learn), 80 px",
         "3",
         f"{sum(searched) / 3:.1f} ({mean:+.1f} [{low:+.1f}, {high:+.1f}])",
-        "90.0",
+        "90.0 (at 2 G)",
         "99.0",
         "3 seeds",
     ]
@@ -80,7 +80,7 @@ def test_a_single_run_has_no_interval_and_earlier_rules_are_named(tmp_path, monk
     monkeypatch.setattr(results, "SHOWN", {})
     store(tmp_path / "03_train" / "digits", 94.0, [(2.0, 65, 90.0)], TRAINING_RULES - 1)
     row = results.results_table(tmp_path).splitlines()[-1].strip("| ").split(" | ")
-    assert row[2:6] == ["94.0", "90.0", "99.0", "1 seed, earlier rules"]
+    assert row[2:6] == ["94.0", "90.0 (at 2 G)", "99.0", "1 seed, earlier rules"]
 
 
 def test_one_run_of_earlier_rules_marks_the_row(tmp_path, monkeypatch):
