@@ -53,6 +53,23 @@ class TinyNet(nn.Module):
         return self.last(self.pointwise(y.relu()).mean((2, 3)))
 
 
+class Normalised(nn.Module):
+    """Normalises its images, in place or not, before TinyNet, or that network without norms."""
+
+    def __init__(self, in_place: bool, norms: bool = True):
+        super().__init__()
+        self.in_place = in_place
+        torch.manual_seed(0)
+        self.net = TinyNet()
+        if not norms:
+            self.net.stem[1], self.net.norm = nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        if self.in_place:
+            x.sub_(0.5).div_(0.25)
+        return self.net(x if self.in_place else (x - 0.5) / 0.25)
+
+
 # A short training in which all rules take part.
 SMALL = TrainConfig(
     epochs=3,

@@ -8,9 +8,11 @@ from .tracing import trace
 
 
 def _last_layers(network: nn.Module) -> list[str]:
-    """Names of the modules that give the output."""
+    """Names of the modules that give the output, and of their batch norms."""
     if not isinstance(network, Supernet):
-        return sorted(trace(network).last)
+        found = trace(network)
+        norms = [found.norms[name] for name in found.last]
+        return sorted(found.last) + [norm for norm in norms if norm is not None]
     if not network.last:
         raise ValueError("fresh has edge_bits=None and names no last layers: build it with 8")
     return [f"model.{name}" for name in network.last]

@@ -1,7 +1,7 @@
 """What passes of a network on an example show: inputs of layers, counts of operations, weights."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,6 +105,15 @@ def _record(seen: Observation, op: nn.Module, args: tuple, kwargs: dict, y: Tens
     seen.macs += y.numel() * op.weight[0].numel()
 
 
+def noise_image(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """An image (1, C, H, W) of fixed noise, for a pass whose values do not matter.
+
+    `shape`: (C, H, W). Type and device are those of the model's parameters.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(1, *shape, generator=generator).to(next(model.parameters()))
+
+
 def observe(
     model: nn.Module, example: Tensor, names: Iterable[str]
 ) -> tuple[dict[str, Observation], dict[str, int]]:
@@ -123,7 +132,7 @@ def observe(
         for name in seen
     ]
     with eval_mode(model), torch.no_grad(), hooked(handles), counted_macs(model) as counted:
-        outputs = model(example)
+        outputs = model(example.clone())  # a network may normalise its images in place
     if not isinstance(outputs, Tensor):
         # Other tensors than logits, such as feature maps, are for an error function of one's own.
         raise ValueError(
@@ -193,7 +202,7 @@ def check_quantized(
     ]
     with eval_mode(model), torch.no_grad(), hooked(handles), _Operands() as operands:
         try:
-            model(example)
+            model(example.clone())
         except Exception as error:
             name = type(model).__name__
             raise ValueError(f"{name} fails once its layers are quantized: {error}") from error

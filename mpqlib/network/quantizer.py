@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import log2
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +169,12 @@ class Quantizer(nn.Module):
         self.bits = tuple(sorted(set(bits)))
         if not self.bits:
             raise ValueError("bits is empty: name at least one bit-width from 2 to 16")
+        digits = round(1 - log2(torch.finfo(example.dtype).eps))
+        if self.bits[-1] > digits:
+            raise ValueError(
+                f"bits={self.bits[-1]} is not allowed for {example.dtype}: its whole numbers have "
+                f"{digits} bits at most"
+            )
         self.signed = bool(example.min() < 0) if signed is None else signed
         self.scale_step_gradient = scale_step_gradient
         self.per_channel = per_channel

@@ -299,7 +299,7 @@ class Supernet(nn.Module):
     def forward(self, x: Tensor, config: BitConfig | None = None) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W) at `config`, or in float if it is None."""
         self.set_bits(config)
-        return self.model(x)
+        return self.model(x.clone())  # a network may normalise its images in place
 
 
 def check_supernet(name: str, model: nn.Module) -> None:

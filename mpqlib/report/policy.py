@@ -13,6 +13,7 @@ from ..models import create
 from ..network.bits import BitConfig, Candidates
 from ..network.cost import COST_MODEL, bitops
 from ..network.layers import QuantConvBN
+from ..network.observation import noise_image
 from ..network.supernet import Supernet, check_steps, check_supernet
 from ..training.evaluation import check_statistics, move_channels_last, select_device
 
@@ -53,6 +54,7 @@ def describe_policy(supernet: Supernet, config: BitConfig, sha256: str, about: M
         "input_shape": list(supernet.input_shape),
         "pair_norms": all(layer.pair_norms for layer in convs),
         "granularity": supernet.granularity,
+        "scale_step_gradient": supernet.scale_step_gradient,
         "tie_inputs": any(info.input_of for info in supernet.table),
         "candidates": {name: list(map(list, c)) for name, c in supernet.candidates.items()},
         "checkpoint_sha256": sha256,
@@ -155,7 +157,7 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
         model = create(stored["model"], stored["classes"], width=stored.get("width", 1.0))
     candidates = {n: Candidates(*map(tuple, c)) for n, c in stored["candidates"].items()}
     # Steps and signs, which the example would set, are stored with the weights.
-    example = torch.zeros(1, *stored["input_shape"])
+    example = noise_image(model, stored["input_shape"])
     edge_bits = 8 if stored["first"] or stored["last"] else None
     return Supernet(
         model,
@@ -165,6 +167,7 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
         tie_inputs=stored["tie_inputs"],
         pair_norms=stored["pair_norms"],
         granularity=stored.get("granularity", "tensor"),  # earlier versions had no other
+        scale_step_gradient=stored.get("scale_step_gradient", False),  # nor did they store this
     )
 
 

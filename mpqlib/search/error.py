@@ -37,7 +37,8 @@ class Incremental(fx.Interpreter):
 
     Keeps the outputs of all operations. A call runs only those that depend on a layer whose bits
     differ from the call before. In a search, which changes one layer at a time, this halves the
-    time. Between calls nothing else may change, such as weights or the mode of a batch norm.
+    time. Everything runs anew after weights or step sizes were written over in place, as training
+    does. Between calls nothing else may change, such as the mode of a batch norm.
 
     An operation that writes over its input gets a copy of it. A network that reads a tensor after
     it was written over cannot be run in parts: `divisible` is then False, a UserWarning names the
@@ -48,6 +49,8 @@ class Incremental(fx.Interpreter):
         super().__init__(fx.GraphModule(supernet.model, Tracer().trace(supernet.model)))
         self.supernet, self.x = supernet, x
         self.last: dict[str, Bits] = {}
+        self.parameters = list(supernet.parameters())
+        self.written = _versions(self.parameters)
         self.overwritten: dict[fx.Node, set[fx.Node]] = {}  # operation -> inputs it writes over
         # Tensors made in inference mode do not count how often they were written over.
         with torch.inference_mode(False), torch.no_grad():
@@ -88,6 +91,8 @@ class Incremental(fx.Interpreter):
 
     def run_changes(self, config: BitConfig) -> Tensor:
         """Runs the operations that a change since the last call affects; returns the logits."""
+        if (now := _versions(self.parameters)) != self.written:  # weights or steps have changed
+            self.env, self.last, self.written = {}, {}, now
         self.supernet.set_bits(config)
         self.args_iter = iter([self.x])
         layers = self.supernet.layers
@@ -142,8 +147,8 @@ def batch_error(
     configuration needs recalibration (as in RFQuant's release, arXiv 2401.01543).
 
     Puts the supernet into eval mode. The error is computed in eval mode in any case; a supernet in
-    another mode returns to it. Outputs of layers are kept between calls (`Incremental`): call
-    `batch_error` again after the weights have changed. Raises ValueError if there is no image, or
+    another mode returns to it. Outputs of layers are kept between calls (`Incremental`), until
+    weights or step sizes change in place. Raises ValueError if there is no image, or
     not one label for each image; with the default loss, the error does so for unfit labels.
     """
     check_supernet("supernet", supernet)

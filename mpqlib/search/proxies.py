@@ -118,10 +118,13 @@ def hessian_traces(
             outputs = supernet(images)
             check_labels(outputs, labels)
             loss = F.cross_entropy(outputs, labels, reduction="sum") / len(x)
-            slopes = torch.autograd.grad(loss, own, create_graph=True)
+            slopes = torch.autograd.grad(loss, own, create_graph=True, materialize_grads=True)
             for _ in range(probes):
                 signs = [torch.randint(2, w.shape, generator=generator).to(w) * 2 - 1 for w in own]
-                products = torch.autograd.grad(slopes, own, signs, retain_graph=True)
+                along = sum((slope * v).sum() for slope, v in zip(slopes, signs, strict=True))
+                products = torch.autograd.grad(
+                    along, own, retain_graph=True, materialize_grads=True
+                )
                 for name, v, product in zip(weights, signs, products, strict=True):
                     totals[name] += float((v * product).sum()) / probes
     return totals

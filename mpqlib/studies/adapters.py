@@ -17,7 +17,8 @@ from torch.func import functional_call
 from ..files import read_weights, save_weights, set_tensors
 from ..network.bits import Bits, Candidates, check_bits
 from ..network.cost import bitops, model_size
-from ..network.observation import hooked, observe
+from ..network.layers import QuantLinear
+from ..network.observation import hooked, noise_image, observe
 from ..network.supernet import LayerInfo, list_float_parts, warn_about_float_parts
 
 FLOAT_BITS = 32  # of activations, and of a convolution that stays in float
@@ -89,6 +90,16 @@ class AdaptedConv2d(nn.Module):
         self.register_buffer("right", s.sqrt()[:, None] * vh)  # (r, in / groups * k * k)
         self.share = nn.Parameter(torch.ones_like(s[0]))
         self.order: int | None = None
+
+    def __getattr__(self, name: str):
+        """What networks read of a convolution, such as `out_channels`, is that of `conv`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A copy under construction has no `conv` yet.
+            if name == "conv" or name.startswith("_"):
+                raise
+            return getattr(self.conv, name)
 
     @property
     def rank(self) -> int:
@@ -178,11 +189,12 @@ def check_convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
     """`convolutions`, each checked.
 
     Raises ValueError if there is none, if one holds values that are not finite, changes its weight
-    in each pass or has an adapter already, or if two share a weight.
+    in each pass, or has an adapter or quantizers already, or if two share a weight.
     """
-    names = [name for name, m in network.named_modules() if isinstance(m, AdaptedConv2d)]
-    if names:
-        raise ValueError(f"{names[0]!r} has an adapter already: pass the float network")
+    for name, module in network.named_modules():
+        if isinstance(module, (AdaptedConv2d, QuantLinear)):
+            what = "has an adapter" if isinstance(module, AdaptedConv2d) else "is quantized"
+            raise ValueError(f"{name!r} {what} already: pass the float network")
     convs = convolutions(network)
     if not convs:
         raise ValueError(f"{type(network).__name__} holds no Conv2d to quantize")
@@ -270,7 +282,7 @@ class Adapted(nn.Module):
 
         handles = [c.register_forward_hook(partial(count, n)) for n, c in self.convs.items()]
         with hooked(handles):
-            self.network(example)
+            self(example)
         for name, now in calls.items():
             if now != expected[name]:
                 raise ValueError(
@@ -280,7 +292,7 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The network's output for images (N, C, H, W)."""
-        return self.network(x)
+        return self.network(x.clone())  # a network may normalise its images in place
 
     @property
     def convs(self) -> dict[str, AdaptedConv2d]:
@@ -358,7 +370,7 @@ def load_adapted(path: str | Path, network: nn.Module) -> Adapted:
     """
     tensors, about = read_weights(Path(path), FILE_KIND)
     copied = copy.deepcopy(network).eval()
-    example = next(copied.parameters()).new_zeros(1, *about["input_shape"])
+    example = noise_image(copied, about["input_shape"])
     how = dict(granularity=about["granularity"], adapter_bits=about["adapter_bits"])
     try:
         adapted = Adapted(copied, example, about["bits"], **how)

@@ -390,17 +390,18 @@ def measure_policies(
         seconds = time.perf_counter() - started
         return {"configs": [config.to_json() for config in configs], "seconds": seconds}
 
+    # All are chosen first: measuring overwrites the statistics of norms that follow no convolution.
+    files = {arm: subject.folder / f"chosen-{arm}.json" for arm in arms}
+    found = {arm: remembered(files[arm], told | {"arm": arm}, partial(choose, arm)) for arm in arms}
     rows = []
-    for arm in arms:
-        file = subject.folder / f"chosen-{arm}.json"
-        chosen = remembered(file, told | {"arm": arm}, partial(choose, arm))
+    for arm, chosen in found.items():
         for level, text in zip(levels, chosen["configs"], strict=True):
             config = BitConfig.from_json(text)
-            found = subject.measure(supernet, f"{arm}-{level:g}", config, "measured again")
+            measured = subject.measure(supernet, f"{arm}-{level:g}", config, "measured again")
             row = {"study": "policies", "arm": arm, "level": level, "norms": "measured again"}
             row["budget_g"] = bitops_at(supernet.table, level) / 1e9
             row |= {"granularity": granularity, "seconds": chosen["seconds"], "bits": text}
-            rows.append(row | found)
+            rows.append(row | measured)
     return rows
 
 

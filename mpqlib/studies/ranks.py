@@ -12,7 +12,7 @@ from numbers import Real
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -21,7 +21,7 @@ from ..search.limits import check_count
 from ..training.evaluation import decoded, select_device
 from ..training.loop import RANGES
 from ..training.step import check_labels, check_logits
-from .adapters import FLOAT_BITS, Adapted, AdaptedConv2d, check_convolutions
+from .adapters import FLOAT_BITS, Adapted, AdaptedConv2d, check_convolutions, convolutions
 
 SWITCHES = ("teacher", "recalibrate")  # options of `cora` that are True or False
 # Options of `cora` that are whole numbers, and their smallest values
@@ -184,19 +184,41 @@ def _read_images(calibration: Dataset) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def _recalibrate_norms(adapted: Adapted, images: Tensor, seed: int) -> None:
-    """Sets all batch norms to the statistics of the images, in batches of about 128."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)  # of dropout
-        update_bn(images.tensor_split(ceil(len(images) / 128)), adapted)
+def _check_images(images: Tensor, network: nn.Module, recalibrate: bool) -> None:
+    """Raises ValueError for images of another type than the weights, or too few to recalibrate."""
+    wanted = next(iter(convolutions(network).values())).weight.dtype
+    if images.dtype != wanted:
+        raise ValueError(f"calibration holds images in {images.dtype}; the network is in {wanted}")
+    if recalibrate and len(images) < 2:
+        raise ValueError(f"calibration holds {len(images)} image: recalibrate needs at least 2")
+
+
+@torch.no_grad()
+def _recalibrate_norms(adapted: Adapted, images: Tensor) -> None:
+    """Sets batch norms to the statistics of the images: the mean over batches of about 128.
+
+    All else stays in eval mode, such as dropout.
+    """
+    modules = [m for m in adapted.modules() if isinstance(m, _BatchNorm)]
+    norms = {norm: norm.momentum for norm in modules if norm.running_mean is not None}
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # PyTorch's cumulative average
+        norm.train()
+    for x in images.tensor_split(ceil(len(images) / 128)):
+        adapted(x)
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
+        norm.eval()
 
 
 @torch.no_grad()
 def _outputs(network: nn.Module, images: Tensor) -> Tensor:
     """Logits (N, classes) of a network in eval mode."""
-    logits = torch.cat([network(x) for x in images.split(128)])
-    check_logits(logits)
-    return logits
+    logits = [network(x.clone()) for x in images.split(128)]  # it may normalise them in place
+    for part in logits:
+        check_logits(part)
+    return torch.cat(logits)
 
 
 def _place_adapters(
@@ -284,8 +306,8 @@ def cora(
     of the full rank in each layer before the search; None takes the one that meets the budget.
     `iterations`: of the search; 0 keeps the same share in each layer. `teacher`: follow the outputs
     of the float network instead of the labels. `recalibrate`: measure the statistics of batch norms
-    anew on the calibration images, before the search and at the end, in training mode (torch's
-    `update_bn`). `lr`, `clip`, `gamma`: as in `search_ranks`. `seed`: of the batches.
+    anew on the calibration images, before the search and at the end. `lr`, `clip`, `gamma`: as in
+    `search_ranks`. `seed`: of the batches.
 
     Raises ValueError for a value that is not allowed, a budget below adapters of rank 1, images
     that are not finite, and a network that cannot be adapted (see `check_convolutions`). Source:
@@ -298,6 +320,7 @@ def cora(
     adapter_bits, device = int(adapter_bits), select_device(device)
     check_convolutions(network)
     images, targets = (tensor.to(device) for tensor in _read_images(calibration))
+    _check_images(images, network, recalibrate)
     copied = copy.deepcopy(network).to(device).eval()
     outputs = _outputs(copied, images if teacher else images[:1])
     if teacher:
@@ -307,10 +330,10 @@ def cora(
     adapted = Adapted(copied, images[:1], bits, granularity, deviations, adapter_bits)
     convs = _place_adapters(adapted, budget, exempt, order, start)
     if recalibrate and (iterations or not convs):
-        _recalibrate_norms(adapted, images, seed)
+        _recalibrate_norms(adapted, images)
     if convs:
         shares = search_ranks(adapted, convs, images, targets, budget, **how, seed=seed)
         _set_ranks(adapted, convs, shares, budget)
         if recalibrate:
-            _recalibrate_norms(adapted, images, seed)
+            _recalibrate_norms(adapted, images)
     return adapted

@@ -18,8 +18,9 @@ SAMPLE = 2**15  # values that a layer reads, at most, for the step sizes of its 
 def least_squares_step(rows: Tensor, bits: int, signed: bool) -> Tensor:
     """The step of each row (R, N) with the least squared rounding error; shape (R,).
 
-    It is searched on a grid, from a twentieth of the step that clips no value up to that step. A
-    row of zeros gets the step 1.
+    It is searched on a grid, from a twentieth of the step that clips no value up to that step. With
+    2 bits and a single value far above all others, a smaller step could be better. A row of zeros
+    gets the step 1.
     """
     q_min, q_max = integer_range(bits, signed)
     largest = rows.amax(1) / q_max
@@ -69,7 +70,7 @@ def _sample_inputs(supernet: Supernet, images: Tensor, batch_size: int) -> dict[
 
 @torch.no_grad()
 def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
-    """Sets all step sizes to those with the least squared rounding error.
+    """Sets all step sizes to those with the least squared rounding error (`least_squares_step`).
 
     Of weights by the weights themselves, of activations by what the layers read of `images`
     (N, C, H, W) in float mode. Statistics of batch norms stay, but belong to the earlier steps:

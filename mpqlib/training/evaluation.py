@@ -357,6 +357,13 @@ def _normed_layers(supernet: Supernet) -> dict[str, QuantConvBN]:
     }
 
 
+def _keep_from_float(supernet: Supernet, config: BitConfig) -> None:
+    """Records that batch norms which follow no convolution keep those of float mode at `config`."""
+    for norm in _running_norms(supernet, config).values():
+        if norm.row is None:
+            norm.set_owners({None, _key(config)})
+
+
 def _set_from_float(
     layer: QuantConvBN, name: str, config: BitConfig, shift: Tensor | float
 ) -> None:
@@ -377,6 +384,7 @@ def copy_statistics(supernet: Supernet, config: BitConfig) -> None:
     check_statistics(supernet, None)
     for name, layer in _normed_layers(supernet).items():
         _set_from_float(layer, name, config, 0.0)
+    _keep_from_float(supernet, config)
 
 
 @torch.no_grad()
@@ -387,7 +395,7 @@ def correct_means(supernet: Supernet, images: Tensor, config: BitConfig) -> None
     `config` becomes that of float mode, plus the mean output at `config` minus that in float mode.
     Variances stay those of float mode. The first layers come first, so that later ones read
     corrected inputs. Of a layer that runs several times, the last call counts. Layers without a
-    batch norm are not corrected.
+    batch norm are not corrected, nor are batch norms that follow no convolution.
 
     Raises ValueError for another model, for images that make outputs which are not finite, for a
     `config` of another supernet, and, as `check_statistics` does, if float mode has no statistics
@@ -416,6 +424,7 @@ def correct_means(supernet: Supernet, images: Tensor, config: BitConfig) -> None
         for hook, bits in ((measure, None), (correct, config)):
             with hooked([c.op.register_forward_hook(partial(hook, n)) for n, c in normed.items()]):
                 supernet(images, bits)
+    _keep_from_float(supernet, config)
 
 
 @contextmanager

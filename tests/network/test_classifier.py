@@ -65,6 +65,19 @@ def test_a_float_network_keeps_all_tensors_but_those_of_its_last_layer():
         assert is_last(name) or torch.equal(fresh.state_dict()[name], tensor)
 
 
+def with_last_norm(classes: int) -> nn.Sequential:
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, classes, 1), nn.BatchNorm2d(classes)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_a_batch_norm_of_the_last_layer_belongs_to_it(classes):
+    model, fresh = with_last_norm(3), with_last_norm(classes)
+    model[2].running_mean += 5
+    copy_all_but_last(model, fresh)
+    assert torch.equal(fresh[0].weight, model[0].weight) and (fresh[2].running_mean == 0).all()
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(trained):
     wide = network(5)
     wide.pointwise = nn.Conv2d(8, 12, 3, padding=1)

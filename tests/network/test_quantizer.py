@@ -288,6 +288,14 @@ def test_impossible_bits_are_refused(bits):
         lsq(torch.ones(1), torch.tensor(1.0), bits, True)
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_bits_that_a_type_cannot_hold_are_refused(dtype, most):
+    quantizer = Quantizer([2, most], torch.ones(4, dtype=dtype), signed=False)
+    assert quantizer.ranges[1].tolist() == [3, 2**most - 1]
+    with pytest.raises(ValueError, match=f"bits={most + 1} is not allowed for {dtype}"):
+        Quantizer([2, most + 1], torch.ones(4, dtype=dtype))
+
+
 def test_a_quantizer_needs_a_bit_width():
     with pytest.raises(ValueError, match="empty"):
         Quantizer([], torch.ones(1))

@@ -57,6 +57,14 @@ def test_a_size_between_two_steps_is_refused():
     assert weight_bytes(build(width), bits, 8) == weight_bytes(build(1.0), bits, 8)
 
 
+def test_layers_that_share_a_weight_store_it_once():
+    a, b, last = torch.nn.Conv2d(3, 3, 3), torch.nn.Conv2d(3, 3, 3), torch.nn.Linear(3, 2)
+    b.weight = a.weight
+    network = torch.nn.Sequential(a, b, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), last)
+    for bits, numbers in (({"0": 4, "1": 4}, 4 * 81), ({"0": 4, "1": 2}, 6 * 81)):
+        assert weight_bytes(network, bits, 8) == (numbers + 8 * 6) / 8
+
+
 @pytest.mark.parametrize("size", [1, 1e12])
 def test_a_size_that_no_width_reaches_is_refused(size):
     with pytest.raises(ValueError, match=r"size=.* is not allowed: no width from"):

@@ -99,6 +99,26 @@ def test_a_policy_of_an_own_network_comes_back(tmp_path, pair_norms, edge_bits):
     assert torch.equal(loaded.supernet(x, again), supernet(x, again))
 
 
+class Standardised(TinyNet):
+    """Normalises each image by itself, which an image of zeros would not survive."""
+
+    def forward(self, x):
+        return super().forward(
+            (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
+        )
+
+
+def test_a_policy_of_a_float64_network_that_normalises_each_image_comes_back(tmp_path):
+    x = images(32).tensors[0].double()
+    supernet = Supernet(Standardised().double(), x, (2, 3, 4), scale_step_gradient=True)
+    config = supernet.uniform(3)
+    path = mpqlib.save_policy(tmp_path, supernet, config)
+    policy = mpqlib.load_policy(path, model=Standardised().double())
+    assert torch.equal(policy(x), supernet.eval()(x, config))
+    quantizer = policy.supernet.layers["pointwise"].weight_quantizer
+    assert policy.supernet.scale_step_gradient and quantizer.scale_step_gradient
+
+
 def test_the_statistics_of_the_policy_come_back(stored, supernet, config):
     test = images(24, seed=3)
     expected = evaluate(supernet, test, config)

@@ -4,13 +4,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import TinyNet, images
+from conftest import Normalised, TinyNet, images
 from torch import nn
 
 from mpqlib import models
 from mpqlib.network.bits import BitConfig, Bits, sample
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import Incremental, batch_error
+from mpqlib.training.calibration import fit_steps
 
 
 class Overwriting(nn.Module):
@@ -136,6 +137,32 @@ def test_a_configuration_that_does_not_fit_is_named(supernet):
             error(config.replace("pointwise", wrong))
     with pytest.raises(ValueError, match="is not a BitConfig"):
         error({name: (4, 4) for name in config})
+
+
+@pytest.mark.filterwarnings("ignore:every pass runs the whole network")
+def test_images_that_a_network_normalises_in_place_stay():
+    x, y = images(8).tensors
+    errors = {}
+    for in_place in (True, False):
+        own = x.clone()
+        supernet = Supernet(Normalised(in_place, norms=False), own, (2, 3, 4))
+        error = batch_error(supernet, own, y)
+        configs = [supernet.uniform(b) for b in (2, 3, 2, 4, 4)]
+        errors[in_place] = [error(config) for config in configs]
+        supernet(own, configs[0])
+        assert torch.equal(own, x)
+    assert errors[True] == pytest.approx(errors[False], rel=1e-6)
+
+
+def test_outputs_are_computed_anew_after_steps_or_weights_have_changed(supernet):
+    (x, y), config = images(16).tensors, supernet.uniform(3)
+    error = batch_error(supernet, x, y)
+    before = error(config)
+    fit_steps(supernet, x)
+    assert error(config) == batch_error(supernet, x, y)(config) != before
+    with torch.no_grad():
+        supernet.layers["pointwise"].op.weight.mul_(1.5)
+    assert error(config) == batch_error(supernet, x, y)(config)
 
 
 def test_a_float_model_is_refused():

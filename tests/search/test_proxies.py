@@ -237,6 +237,22 @@ def test_tables_and_inputs_that_do_not_fit_are_refused(supernet):
         hessian_traces(supernet, x, y, 1)
 
 
+class Gated(Smooth):
+    """`middle` only switches features on and off, so that no gradient reaches it."""
+
+    def forward(self, x):
+        features = self.conv(x).tanh()
+        gates = (self.middle(features) > 0).to(x).mean((2, 3))
+        return self.last(gates * features.mean((1, 2, 3))[:, None])
+
+
+def test_a_layer_that_no_gradient_reaches_has_no_trace():
+    x, y = images(8).tensors
+    supernet = Supernet(Gated().double(), x.double(), (2, 3, 4), edge_bits=None)
+    traces = hessian_traces(supernet, x.double(), y, 4)
+    assert traces["middle"] == 0 != traces["conv"]
+
+
 def test_a_layer_without_an_output_of_its_own_resembles_none(smooth):
     smooth.layers["middle"].op.weight.data.zero_()
     found = similarities(smooth, images(6).tensors[0].double())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import TinyNet, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import StdConv2d
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 
 from mpqlib.files import load_weights, save_weights
 from mpqlib.network.quantizer import GRANULARITIES
+from mpqlib.network.supernet import Supernet
 from mpqlib.studies import adapters
 from mpqlib.studies.adapters import Adapted, AdaptedConv2d, load_adapted, save_adapted
 
@@ -226,6 +227,30 @@ def test_adapted_network_is_refused():
     adapted = Adapted(odd(""), torch.randn(1, 3, 1, 1), 4)
     with pytest.raises(ValueError, match=r"'network.0' has an adapter already"):
         Adapted(adapted, torch.randn(1, 3, 1, 1), 4)
+    supernet = Supernet(TinyNet(), images(8).tensors[0], (2, 4))
+    with pytest.raises(ValueError, match=r"'model.stem.0' is quantized already"):
+        Adapted(supernet, torch.randn(1, 3, 8, 8), 4)
+
+
+class Curious(nn.Module):
+    """Reads attributes of a convolution, and normalises each image by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
+        x = x.to(self.conv.weight.dtype)
+        return self.conv(x).reshape(len(x), self.conv.out_channels, -1).mean(2)
+
+
+def test_a_network_that_reads_its_convolutions_is_adapted_stored_and_loaded(tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    adapted = Adapted(Curious(), x, 4)
+    adapted.convs["conv"].set_rank(1, 8)
+    save_adapted(tmp_path / "a", adapted)
+    assert torch.equal(load_adapted(tmp_path / "a", Curious())(x), adapted(x))
 
 
 @pytest.mark.parametrize(

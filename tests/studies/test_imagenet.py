@@ -9,6 +9,7 @@ import torch
 from conftest import TinyNet, images
 from PIL import Image
 from timm.data import ImageNetInfo
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from mpqlib import models
@@ -82,6 +83,24 @@ def test_all_arms_choose_within_their_budgets(tmp_path):
             assert bitops(supernet.table, config) <= budget
     with pytest.raises(ValueError, match="arm='best' is not allowed: one of"):
         study.choose_bits(supernet, x, y, budgets, "best")
+
+
+class NormFirst(TinyNet):
+    """Begins with a batch norm that follows no convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+
+def test_arms_do_not_disturb_each_other(tmp_path):
+    arms = ["assignment", "Hessian trace", "orthogonality"]
+    told = replace(subject(tmp_path), network=NormFirst())
+    how = dict(granularity="channel", search_images=16, probes=2)
+    assert len(study.measure_policies(told, [4, 5], arms, **how)) == 6
 
 
 def test_rows_are_measured_kept_and_compared_by_image(tmp_path, monkeypatch):

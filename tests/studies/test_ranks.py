@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet, images
+from conftest import Normalised, TinyNet, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchvision.ops import StochasticDepth
 
 import mpqlib
 from mpqlib.studies import ranks
@@ -243,14 +244,44 @@ def test_small_whole_numbers_of_numpy_are_whole_numbers():
     assert small.cost() == plain.cost()
 
 
-def test_dropout_does_not_change_what_a_seed_gives():
-    float_network = nn.Sequential(nn.Dropout(), network())
-    x = images(4).tensors[0]
-    outputs = []
-    for before in (0, 1):
-        torch.manual_seed(before)
-        outputs.append(cora(float_network, images(32), 3, 0, recalibrate=True)(x))
-    assert torch.equal(*outputs)
+@pytest.mark.parametrize("part", [nn.Dropout(), StochasticDepth(0.5, "row")])
+def test_only_batch_norms_are_recalibrated_in_training_mode(part):
+    dataset = images(32)
+    how = dict(bits=3, budget=0, recalibrate=True)
+    with_part = cora(nn.Sequential(part, network()), dataset, **how)
+    assert torch.equal(
+        with_part(dataset.tensors[0]), cora(network(), dataset, **how)(dataset.tensors[0])
+    )
+
+
+@pytest.mark.parametrize("options", [dict(teacher=True), dict(recalibrate=True)])
+def test_a_network_that_normalises_in_place_is_adapted_like_its_twin(options):
+    dataset, outputs = images(32), []
+    for in_place in (True, False):
+        adapted = cora(Normalised(in_place), dataset, 3, 0.5, **QUICK, **options)
+        outputs.append((adapted.ranks, adapted(dataset.tensors[0])))
+    assert outputs[0][0] == outputs[1][0]
+    assert torch.allclose(outputs[0][1], outputs[1][1], atol=1e-4)
+    assert torch.equal(dataset.tensors[0], images(32).tensors[0])
+
+
+class Tuples(TinyNet):
+    """Returns its logits in a tuple."""
+
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+def test_calibration_that_does_not_fit_the_network_is_named():
+    x, y = images(8).tensors
+    with pytest.raises(
+        ValueError, match=r"images in torch.float32; the network is in torch.float64"
+    ):
+        cora(network().double(), images(8), budget=0)
+    with pytest.raises(ValueError, match="calibration holds 1 image: recalibrate needs at least 2"):
+        cora(network(), TensorDataset(x[:1], y[:1]), budget=0, recalibrate=True)
+    with pytest.raises(ValueError, match="tuple"):
+        cora(Tuples(), images(8), budget=0)
 
 
 def test_a_search_runs_in_inference_mode():

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import TinyNet, images
+from conftest import Normalised, TinyNet, images
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.proxies import hessian_traces, similarities
@@ -136,6 +137,50 @@ def test_statistics_measured_with_other_steps_are_refused(dataset):
     evaluate(supernet, dataset, config)
     copy_statistics(supernet, supernet.uniform(4))
     evaluate(supernet, dataset, supernet.uniform(4))
+
+
+def test_a_network_that_normalises_in_place_is_calibrated_like_its_twin():
+    found = []
+    for in_place in (True, False):
+        dataset = images(24)
+        x, y = dataset.tensors
+        supernet = Supernet(Normalised(in_place), x, (2, 3, 4))
+        for _ in range(2):
+            fit_steps(supernet, x)
+        config = supernet.uniform(4)
+        correct_means(supernet, x, config)
+        traces = [hessian_traces(supernet, x, y, 2) for _ in range(2)]
+        assert traces[0] == traces[1]
+        found.append(
+            {**supernet.state_dict(), **{n: torch.tensor(t) for n, t in traces[0].items()}}
+        )
+    for name, tensor in found[0].items():
+        assert torch.allclose(tensor.double(), found[1][name].double(), rtol=1e-3, atol=1e-5), name
+
+
+class NormFirst(nn.Module):
+    """A batch norm that follows no convolution, before one."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.last = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.conv(self.norm(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "how", [copy_statistics, lambda s, c: correct_means(s, images(24)[:][0], c)]
+)
+def test_norms_that_follow_no_convolution_keep_statistics_of_float_mode(how, dataset):
+    supernet = Supernet(NormFirst(), dataset.tensors[0][:16], (2, 3, 4))
+    recalibrate(supernet, dataset, None)
+    config = supernet.uniform(3)
+    with pytest.raises(ValueError, match="hold statistics of another configuration"):
+        evaluate(supernet, dataset, config)
+    how(supernet, config)
+    evaluate(supernet, dataset, config)
+    evaluate(supernet, dataset)
 
 
 def test_steps_need_images_and_a_supernet():
