@@ -196,17 +196,19 @@ class Trial:
 def trials_of_recovery(
     bits: Sequence[int],
     budget: float,
+    options: Mapping,
     granularity: Sequence[str] = GRANULARITIES,
     recalibrate: Sequence[bool] = (False, True),
 ) -> list[Trial]:
     """The float network; then each bit-width and setting, without and with adapters.
 
     The adapters have uniform ranks, so that no search has a part in this. `budget`, and the entries
-    of the others: as in `cora`.
+    of `granularity` and `recalibrate`: as in `cora`. `options`: others of `cora`, for all trials.
     """
     trials = [Trial("float", "float", dict(bits=FLOAT_BITS, budget=0))]
     for width, per, again in product(bits, granularity, recalibrate):
-        how = dict(bits=width, granularity=per, recalibrate=again, iterations=0)
+        own = dict(bits=width, granularity=per, recalibrate=again, iterations=0)
+        how = dict(options) | own
         trials.append(Trial("recovery", "quantized", how | dict(budget=0)))
         trials.append(Trial("recovery", "adapters", how | dict(budget=budget)))
     return trials

@@ -114,11 +114,12 @@ def measured(subject: study.Subject, trials: list, seeds=(0, 1)) -> pd.DataFrame
 
 
 def test_recovery_pairs_adapters_with_the_same_network_without_them(subject):
-    first, *rest = study.trials_of_recovery([4, 3], budget=0.5)
+    first, *rest = study.trials_of_recovery([4, 3], 0.5, dict(deviations=5, granularity="tensor"))
     assert first.options["bits"] == 32 and len(rest) == 2 * 2 * 2 * 2
     for without, adapters in zip(rest[::2], rest[1::2], strict=True):
         assert (without.arm, adapters.arm) == ("quantized", "adapters")
         assert without.options | dict(budget=0.5) == adapters.options
+        assert without.options["deviations"] == 5
     assert len({json.dumps(trial.options, sort_keys=True) for trial in rest}) == len(rest)
 
 
@@ -196,7 +197,7 @@ def test_mixed_arms_have_at_most_the_same_size(subject):
 
 
 def test_pictures_and_table_show_every_arm(subject):
-    trials = study.trials_of_recovery([3], 0.5) + study.trials_of_ranks([4, 3], 0.5, {})
+    trials = study.trials_of_recovery([3], 0.5, {}) + study.trials_of_ranks([4, 3], 0.5, {})
     metrics = measured(subject, trials)
     text = study.metrics_table(metrics).data
     assert text.count("\n") == 1 + len(trials)
