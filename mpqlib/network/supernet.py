@@ -69,24 +69,28 @@ def _check_float_model(model: nn.Module) -> None:
                 f"{name!r} ({type(module).__name__}) keeps running statistics, which all bit-widths"
                 " would share. Build it with track_running_stats=False"
             )
-        if not isinstance(module, LAYERS) or isinstance(
-            module._parameters.get("weight"), nn.Parameter
-        ):
-            continue
-        if parametrize.is_parametrized(module, "weight"):
-            remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-        elif prune.is_pruned(module):
-            remedy = "torch.nn.utils.prune.remove(layer, 'weight')"
-        elif hasattr(module, "weight_g"):
-            remedy = "torch.nn.utils.remove_weight_norm(layer)"
-        elif hasattr(module, "weight_u"):
-            remedy = "torch.nn.utils.remove_spectral_norm(layer)"
-        else:
-            remedy = "layer.weight = torch.nn.Parameter(...)"
-        raise ValueError(
-            f"the weight of layer {name!r} is not a plain parameter but computed in each pass, "
-            f"which would overwrite the quantized weight. Call first: {remedy}"
-        )
+        if isinstance(module, LAYERS):
+            check_plain_weight(name, module)
+
+
+def check_plain_weight(name: str, layer: nn.Module) -> None:
+    """Raises ValueError, with a remedy, if the weight of the layer `name` is no plain parameter."""
+    if isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return
+    if parametrize.is_parametrized(layer, "weight"):
+        remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    elif prune.is_pruned(layer):
+        remedy = "torch.nn.utils.prune.remove(layer, 'weight')"
+    elif hasattr(layer, "weight_g"):
+        remedy = "torch.nn.utils.remove_weight_norm(layer)"
+    elif hasattr(layer, "weight_u"):
+        remedy = "torch.nn.utils.remove_spectral_norm(layer)"
+    else:
+        remedy = "layer.weight = torch.nn.Parameter(...)"
+    raise ValueError(
+        f"the weight of layer {name!r} is not a plain parameter but computed in each pass, "
+        f"which would overwrite the quantized weight. Call first: {remedy}"
+    )
 
 
 def _check_example(model: nn.Module, example: Tensor) -> None:

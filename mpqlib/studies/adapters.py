@@ -19,7 +19,12 @@ from ..network.bits import Bits, Candidates, check_bits
 from ..network.cost import bitops, model_size
 from ..network.layers import QuantLinear
 from ..network.observation import hooked, noise_image, observe
-from ..network.supernet import LayerInfo, list_float_parts, warn_about_float_parts
+from ..network.supernet import (
+    LayerInfo,
+    check_plain_weight,
+    list_float_parts,
+    warn_about_float_parts,
+)
 
 FLOAT_BITS = 32  # of activations, and of a convolution that stays in float
 FILE_KIND = "an adapted network"  # of the files that `save_adapted` writes
@@ -163,9 +168,10 @@ def convolutions(network: nn.Module) -> dict[str, nn.Conv2d]:
 
 def _check_convolution(name: str, conv: nn.Conv2d) -> None:
     """Raises ValueError if `conv` computes anything else than a convolution with its weight."""
-    weight = conv._parameters.get("weight")
-    if weight is None or weight.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"the weight of {name!r} must be a plain parameter in float32 or float64")
+    check_plain_weight(name, conv)
+    weight = conv.weight
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the weight of {name!r} is {weight.dtype}: float32 or float64 is needed")
     if not weight.isfinite().all():
         raise ValueError(f"the weight of {name!r} holds values that are not finite")
     around = 0 if isinstance(conv.padding, str) else max(conv.padding)  # reflect needs as much

@@ -213,9 +213,9 @@ def odd(name: str) -> nn.Module:
         "no convolution": "holds no Conv2d",
         "standardised": r"'0' \(StdConv2d\) changes its weight",
         "shared": "'0' and '1' share a weight",
-        "parametrized": "'0' must be a plain parameter",
+        "parametrized": r"layer '0' is not a plain parameter .*: torch.nn.utils.parametrize",
         "infinite": "'0' holds values that are not finite",
-        "half": "'0' must be a plain parameter in float32",
+        "half": "the weight of '0' is torch.float16: float32 or float64 is needed",
     }.items(),
 )
 def test_odd_networks_are_refused(name, message):
