@@ -266,6 +266,16 @@ ASSIGNMENT = dict(
     where={"study": "front"},
     measure="cross-entropy on unseen images (nats), mean of all budgets",
 )
+UNTRAINED = dict(
+    sign=+1,
+    value="percent_correct",
+    arm="assignment",
+    unit="image",
+    source="ours",
+    place="ours",
+    notebook="07_imagenet",
+)
+LITES = {"lite0": "EfficientNet-Lite0", "lite1": "Lite1", "lite2": "Lite2"}
 FINDINGS = [
     *(
         Listed(
@@ -321,5 +331,40 @@ FINDINGS = [
         place="ours",
         notebook="06_idm_density",
         run="digits",
+    ),
+    Listed(
+        "At equal size, 6 bits alone beat 4 bits with adapters, if ranges hold all weights.",
+        sign=+1,
+        value="top1",
+        arm="bits alone",
+        base="shared filters",
+        where={"study": "depth-wise"},
+        source="ours",
+        place="ours",
+        measure=f"ImageNet {LITE0}, 6 bits per weight in all",
+        notebook="10_cora",
+        run="lite0_range",
+    ),
+    *(
+        Listed(
+            f"Without training, assignment beats uniform bits within equal BitOPs: {network}.",
+            base="uniform",
+            where={"study": "uniform"},
+            measure="ImageNet top-1 (%), mean of the budgets of 4, 5 and 6 bits, by test image",
+            run=run,
+            **UNTRAINED,
+        )
+        for run, network in LITES.items()
+    ),
+    *(
+        Listed(
+            f"Without training, assignment beats the SQNR list within equal BitOPs: {network}.",
+            base="SQNR list",
+            where={"study": "policies"},
+            measure="ImageNet top-1 (%), mean of six budgets, by test image",
+            run=run,
+            **UNTRAINED,
+        )
+        for run, network in LITES.items()
     ),
 ]
