@@ -36,8 +36,9 @@ def weight_bytes(network: nn.Module, bits: Mapping[str, float], edge_bits: float
     for name, value in {"edge_bits": edge_bits, **bits}.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < inf:
             raise ValueError(f"bits of {name!r} are {value!r}: a number above 0 is needed")
+    weights = {name: layer.weight for name, layer in layers.items()}  # kept: ids are used again
     # Layers that share a weight, at the same bits, store it once.
-    sizes = {(id(m.weight), bits.get(n, edge_bits)): m.weight.numel() for n, m in layers.items()}
+    sizes = {(id(w), bits.get(name, edge_bits)): w.numel() for name, w in weights.items()}
     return sum(count * width for (_, width), count in sizes.items()) / 8
 
 

@@ -275,7 +275,7 @@ UNTRAINED = dict(
     place="ours",
     notebook="07_imagenet",
 )
-LITES = {"lite0": "EfficientNet-Lite0", "lite1": "Lite1", "lite2": "Lite2"}
+LITES = {f"lite{i}": f"EfficientNet-Lite{i}" for i in range(3)}
 FINDINGS = [
     *(
         Listed(

@@ -52,7 +52,8 @@ def searched_beside_uniform(front: pd.DataFrame, level: float) -> pd.DataFrame:
 def _compared(rows: pd.DataFrame) -> tuple[str, str]:
     """The cells of the searched policy and of uniform bits, from one row per seed."""
     searched, uniform = rows["searched"].mean(), rows["uniform"].mean()
-    beside = f"{uniform:.1f} (at {rows['uniform_g'].mean():.3g} G)"
+    costs = dict.fromkeys(f"{cost:.3g}" for cost in sorted(rows["uniform_g"]))
+    beside = f"{uniform:.1f} (at {' or '.join(costs)} G)"
     if len(rows) == 1:
         return f"{searched:.1f}", beside
     gain = t_interval(rows["searched"] - rows["uniform"])

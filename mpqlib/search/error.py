@@ -37,8 +37,9 @@ class Incremental(fx.Interpreter):
 
     Keeps the outputs of all operations. A call runs only those that depend on a layer whose bits
     differ from the call before. In a search, which changes one layer at a time, this halves the
-    time. Everything runs anew after weights or step sizes were written over in place, as training
-    does. Between calls nothing else may change, such as the mode of a batch norm.
+    time. Everything runs anew after weights or step sizes were written over in place, as `train`
+    and `fit_steps` do. A change that PyTorch does not count is not noticed, such as one through
+    `.data`. Between calls nothing else may change, such as the mode of a batch norm.
 
     An operation that writes over its input gets a copy of it. A network that reads a tensor after
     it was written over cannot be run in parts: `divisible` is then False, a UserWarning names the
@@ -96,7 +97,9 @@ class Incremental(fx.Interpreter):
         self.supernet.set_bits(config)
         self.args_iter = iter([self.x])
         layers = self.supernet.layers
-        changed = {layers[name] for name in config if config[name] != self.last.get(name)}
+        # Set again at the end: after an interruption, outputs are of two configurations.
+        last, self.last = self.last, {}
+        changed = {layers[name] for name in config if config[name] != last.get(name)}
         stale: set[fx.Node] = set()
         for node in self.module.graph.nodes:
             calls_changed = node.op == "call_module" and self.fetch_attr(node.target) in changed
@@ -147,9 +150,9 @@ def batch_error(
     configuration needs recalibration (as in RFQuant's release, arXiv 2401.01543).
 
     Puts the supernet into eval mode. The error is computed in eval mode in any case; a supernet in
-    another mode returns to it. Outputs of layers are kept between calls (`Incremental`), until
-    weights or step sizes change in place. Raises ValueError if there is no image, or
-    not one label for each image; with the default loss, the error does so for unfit labels.
+    another mode returns to it. Outputs of layers are kept between calls, until weights or step
+    sizes change in place (see `Incremental`). Raises ValueError if there is no image, or not one
+    label for each image; with the default loss, the error does so for unfit labels.
     """
     check_supernet("supernet", supernet)
     if not 0 < len(x) == len(y):

@@ -102,9 +102,14 @@ class AdaptedConv2d(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # A copy under construction has no `conv` yet.
-            if name == "conv" or name.startswith("_"):
+            if name == "conv" or name.startswith("_") or not hasattr(self.conv, name):
                 raise
             return getattr(self.conv, name)
+
+    @property
+    def weight(self) -> Tensor:
+        """What the convolution and its adapter compute with together, (out, in / groups, k, k)."""
+        return self.conv.weight + self.residual()
 
     @property
     def rank(self) -> int:
@@ -126,8 +131,7 @@ class AdaptedConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Conv2d
         # One convolution computes the same as two beside each other, in less time.
-        weight = self.conv.weight + self.residual()
-        return functional_call(self.conv, {"weight": weight}, (input,))
+        return functional_call(self.conv, {"weight": self.weight}, (input,))
 
     def cut_softly(self, share: float, order: int) -> None:
         """Starts the soft cut of this order, after the share `share`, at least one component."""

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
-from math import inf
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,8 +109,8 @@ class AdapterSetting:
             check_count("search['iterations']", self.search.get("iterations"), 1)
         _check_names("equal_bits", self.equal_bits, SIZE_STUDIES)
         for name, size in self.equal_bits.items():
-            if not isinstance(size, Real) or isinstance(size, bool) or not 0 < size < inf:
-                raise ValueError(f"equal_bits[{name!r}]={size!r} is not allowed: bits a weight")
+            if not isinstance(size, Real) or isinstance(size, bool) or not 2 <= size <= 16:
+                raise ValueError(f"equal_bits[{name!r}]={size!r} is not allowed: bits from 2 to 16")
         if "mixed" in self.equal_bits:
             self._check_mixed(self.equal_bits["mixed"])
         check_parameters(seeds=self.seeds)

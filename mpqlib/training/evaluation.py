@@ -7,6 +7,7 @@ from functools import partial
 from numbers import Integral
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,11 +49,11 @@ def move_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def check_dataset(name: str, dataset: Dataset) -> None:
-    """Raises ValueError for a tensor in place of a dataset, which error messages call `name`."""
-    if isinstance(dataset, Tensor):
+    """Raises ValueError for what is no dataset, but easily taken for one. `name`: in messages."""
+    if isinstance(dataset, (Tensor, np.ndarray, tuple, DataLoader)):
         raise ValueError(
-            f"{name} is a tensor: pass a dataset of items (image, label), such as "
-            "TensorDataset(images, labels)"
+            f"{name} is a {type(dataset).__name__}: pass a dataset of items (image, label), such "
+            "as TensorDataset(images, labels)"
         )
 
 
@@ -361,7 +362,7 @@ def _keep_from_float(supernet: Supernet, config: BitConfig) -> None:
     """Records that batch norms which follow no convolution keep those of float mode at `config`."""
     for norm in _running_norms(supernet, config).values():
         if norm.row is None:
-            norm.set_owners({None, _key(config)})
+            norm.set_owners({None, _key(config)} | (norm.measured_for() or set()))
 
 
 def _set_from_float(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -504,6 +505,8 @@ def update(run: Run, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         decay_by_region(run.model, run.config.weight_decay, configs)
     for optimizer, schedule in zip(run.optimizers, run.schedules, strict=True):
         optimizer.step()
+        # Fused optimizers do not count that they wrote over parameters; `search.error` reads this.
+        increment_version([p for group in optimizer.param_groups for p in group["params"]])
         optimizer.zero_grad()
         schedule.step()
     run.average.update_parameters(run.parameters)

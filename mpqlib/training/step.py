@@ -96,7 +96,7 @@ class OneShotStep:
     def run(self, x: Tensor, config: BitConfig) -> Tensor:
         """Logits (N, classes) of images (N, C, H, W) at `config`."""
         self.supernet.set_bits(config)
-        return self.model(x)
+        return self.model(x.clone())  # a network may normalise its images in place
 
     def gradients(
         self,

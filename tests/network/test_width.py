@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.utils.parametrizations import weight_norm
 
 from mpqlib import models
 from mpqlib.network.bits import Candidates, largest
@@ -63,6 +64,11 @@ def test_layers_that_share_a_weight_store_it_once():
     network = torch.nn.Sequential(a, b, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), last)
     for bits, numbers in (({"0": 4, "1": 4}, 4 * 81), ({"0": 4, "1": 2}, 6 * 81)):
         assert weight_bytes(network, bits, 8) == (numbers + 8 * 6) / 8
+
+
+def test_weights_that_are_computed_in_each_access_are_counted():
+    layers = [weight_norm(torch.nn.Conv2d(4, 4, 3)) for _ in range(6)]
+    assert weight_bytes(torch.nn.Sequential(*layers), {}, 8) == 6 * 4 * 4 * 9
 
 
 @pytest.mark.parametrize("size", [1, 1e12])

@@ -12,6 +12,7 @@ from mpqlib.network.bits import BitConfig, Bits, sample
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import Incremental, batch_error
 from mpqlib.training.calibration import fit_steps
+from mpqlib.training.loop import TrainConfig, train
 
 
 class Overwriting(nn.Module):
@@ -163,6 +164,27 @@ def test_outputs_are_computed_anew_after_steps_or_weights_have_changed(supernet)
     with torch.no_grad():
         supernet.layers["pointwise"].op.weight.mul_(1.5)
     assert error(config) == batch_error(supernet, x, y)(config)
+    before = error(config)
+    train(supernet, images(32), TrainConfig(epochs=1, batch_size=16, lr=0.1))
+    assert error(config) == batch_error(supernet, x, y)(config) != before
+
+
+def test_an_interrupted_pass_leaves_no_outputs_of_two_configurations(supernet):
+    (x, y), a = images(16).tensors, supernet.uniform(3)
+    b = supernet.uniform(4)
+    c = BitConfig.of(dict(a) | {"pointwise": b["pointwise"]})
+    error = batch_error(supernet, x, y)
+    error(a)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = supernet.layers["pointwise"].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        error(b)
+    handle.remove()
+    for config in (c, a):
+        assert error(config) == batch_error(supernet, x, y)(config)
 
 
 def test_a_float_model_is_refused():

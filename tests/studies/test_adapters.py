@@ -242,13 +242,20 @@ class Curious(nn.Module):
     def forward(self, x):
         x = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
         x = x.to(self.conv.weight.dtype)
-        return self.conv(x).reshape(len(x), self.conv.out_channels, -1).mean(2)
+        y = self.conv(x).reshape(len(x), self.conv.out_channels, -1).mean(2)
+        return y / self.conv.weight.norm()
 
 
 def test_a_network_that_reads_its_convolutions_is_adapted_stored_and_loaded(tmp_path):
     x = torch.randn(4, 3, 8, 8)
     adapted = Adapted(Curious(), x, 4)
     adapted.convs["conv"].set_rank(1, 8)
+    merged = Curious()
+    merged.conv.load_state_dict({"weight": adapted.convs["conv"].weight, "bias": merged.conv.bias})
+    merged.conv.bias = adapted.convs["conv"].bias
+    assert torch.allclose(merged(x), adapted(x), atol=1e-6)
+    with pytest.raises(AttributeError, match="'AdaptedConv2d' object has no attribute 'width'"):
+        adapted.convs["conv"].width  # noqa: B018
     save_adapted(tmp_path / "a", adapted)
     assert torch.equal(load_adapted(tmp_path / "a", Curious())(x), adapted(x))
 

@@ -179,6 +179,7 @@ def test_norms_that_follow_no_convolution_keep_statistics_of_float_mode(how, dat
     with pytest.raises(ValueError, match="hold statistics of another configuration"):
         evaluate(supernet, dataset, config)
     how(supernet, config)
+    how(supernet, supernet.uniform(4))
     evaluate(supernet, dataset, config)
     evaluate(supernet, dataset)
 

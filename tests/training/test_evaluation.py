@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TinyNet, images
 from torch import nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from mpqlib.network.bits import largest
 from mpqlib.network.supernet import Supernet
@@ -161,8 +161,11 @@ def test_evaluate_refuses_what_it_cannot_count(supernet, dataset):
         lambda: recalibrate(supernet, x, None),
         lambda: train(network, x, TrainConfig(epochs=1, batch_size=16)),
     ):
-        with pytest.raises(ValueError, match="dataset is a tensor: pass a dataset of items"):
+        with pytest.raises(ValueError, match="dataset is a Tensor: pass a dataset of items"):
             call()
+    for other in ((x, y), x.numpy(), DataLoader(dataset)):
+        with pytest.raises(ValueError, match=f"dataset is a {type(other).__name__}: pass"):
+            evaluate(network, other)
     with pytest.raises(ValueError, match="dataset is empty"):
         evaluate(network, Subset(dataset, []))
     with pytest.raises(ValueError, match="dataset is empty"):

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import TinyNet, images
+from conftest import Normalised, TinyNet, images
 from torch import nn
 
 from mpqlib.network.bits import largest, sample
+from mpqlib.network.supernet import Supernet
 from mpqlib.training.step import float_gradients, idm_gradient_share, one_shot_gradients
 
 
@@ -135,3 +136,19 @@ def test_share_of_the_idm_gradient(supernet, weight):
     assert idm_gradient_share(*step, 0.0) == 0
     assert all(torch.equal(value, before[key]) for key, value in supernet.state_dict().items())
     assert all(p.grad is None for p in supernet.parameters())
+
+
+def test_a_network_that_normalises_in_place_is_trained_like_its_twin():
+    found = []
+    for in_place in (True, False):
+        x, y = images(16).tensors
+        supernet = Supernet(Normalised(in_place), x, (2, 3, 4))
+        configs = [supernet.uniform(b) for b in (3, 2)]
+        losses = one_shot_gradients(supernet, x, y, supernet.candidates, configs)
+        gradients = {n: p.grad for n, p in supernet.named_parameters() if p.grad is not None}
+        found.append((losses, gradients))
+    (losses, gradients), (twin_losses, twin_gradients) = found
+    for name, loss in losses.items():
+        assert torch.allclose(loss, twin_losses[name], rtol=1e-4), name
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, twin_gradients[name], rtol=1e-3, atol=1e-5), name
