@@ -56,6 +56,8 @@ def lower_by_list(supernet: Supernet, table: Sensitivity, budget: float) -> BitC
     2302.05397).
     """
     check_limits(supernet, budget)
+    if not isinstance(table, Sensitivity):
+        raise ValueError(f"table is a {type(table).__name__}: pass one of measure_sensitivity")
     table.check(supernet)
     if table.base != largest(supernet.candidates):
         raise ValueError("table does not start from the largest bits: measure it from there")

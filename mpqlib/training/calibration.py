@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..network.observation import eval_mode, hooked
 from ..network.quantizer import Quantizer, integer_range
 from ..network.supernet import Supernet, check_supernet
-from .evaluation import check_statistics, void_statistics
+from .evaluation import check_images, check_statistics, void_statistics
 
 SHARES = torch.logspace(-1.3, 0, 81)  # of the largest step that is tried, 4% from one to the next
 SAMPLE = 2**15  # values that a layer reads, at most, for the step sizes of its activations
@@ -81,10 +81,7 @@ def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
     """
     check_supernet("supernet", supernet)
     check_statistics(supernet, None)
-    if not isinstance(images, Tensor):
-        raise ValueError(f"images is a {type(images).__name__}: a tensor (N, C, H, W) is needed")
-    if not len(images):
-        raise ValueError("images is empty: step sizes of activations need some")
+    check_images(images)
     for name, layer in supernet.layers.items():
         if not layer.op.weight.isfinite().all():
             raise ValueError(f"the weight of {name!r} holds values that are not finite")

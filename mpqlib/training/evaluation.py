@@ -57,6 +57,14 @@ def check_dataset(name: str, dataset: Dataset) -> None:
         )
 
 
+def check_images(images: Tensor) -> None:
+    """Raises ValueError unless `images` is a tensor with at least one image."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images is a {type(images).__name__}: a tensor (N, C, H, W) is needed")
+    if not len(images):
+        raise ValueError("images is empty: at least one is needed")
+
+
 def decoded(dataset: Dataset) -> TensorDataset:
     """All items (image, label) of `dataset` as tensors in memory, for reading them many times.
 
@@ -398,12 +406,13 @@ def correct_means(supernet: Supernet, images: Tensor, config: BitConfig) -> None
     corrected inputs. Of a layer that runs several times, the last call counts. Layers without a
     batch norm are not corrected, nor are batch norms that follow no convolution.
 
-    Raises ValueError for another model, for images that make outputs which are not finite, for a
-    `config` of another supernet, and, as `check_statistics` does, if float mode has no statistics
-    of its own. Source: bias correction (arXiv 1906.04721, section 4.2), by means that are measured
-    instead of derived.
+    Raises ValueError for another model, for what is no tensor of images, for images that make
+    outputs which are not finite, for a `config` of another supernet, and, as `check_statistics`
+    does, if float mode has no statistics of its own. Source: bias correction (arXiv 1906.04721,
+    section 4.2), by means that are measured instead of derived.
     """
     check_supernet("supernet", supernet)
+    check_images(images)
     supernet.check(config)
     check_statistics(supernet, None)
     normed, in_float = _normed_layers(supernet), {}

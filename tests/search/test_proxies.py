@@ -224,6 +224,8 @@ def test_tables_and_inputs_that_do_not_fit_are_refused(supernet):
     sparse = measure_sensitivity(supernet, error, largest(supernet.candidates), sparse=True)
     with pytest.raises(ValueError, match="lacks errors that were not measured"):
         lower_by_list(supernet, sparse, 1e9)
+    with pytest.raises(ValueError, match="table is a function: pass one of measure_sensitivity"):
+        lower_by_list(supernet, error, 1e9)
     with pytest.raises(ValueError, match="does not start from the largest bits"):
         lower_by_list(supernet, measure_sensitivity(supernet, error, supernet.uniform(2)), 1e9)
     with pytest.raises(ValueError, match="probes=0 is not allowed"):

@@ -190,6 +190,8 @@ def test_steps_need_images_and_a_supernet():
     with pytest.raises(ValueError, match="images is a TensorDataset: a tensor"):
         fit_steps(Supernet(TinyNet(), images(8).tensors[0], (2, 4)), images(8))
     supernet = Supernet(TinyNet(), images(8).tensors[0], (2, 4))
+    with pytest.raises(ValueError, match="images is a TensorDataset: a tensor"):
+        correct_means(supernet, images(8), supernet.uniform(2))
     with pytest.raises(ValueError, match="images is empty"):
         fit_steps(supernet, images(8).tensors[0][:0])
 
