@@ -347,10 +347,10 @@ FINDINGS = [
     ),
     *(
         Listed(
-            f"Without training, assignment beats uniform bits within equal BitOPs: {network}.",
+            f"Without training, assignment on 16 images beats uniform bits: {network}.",
             base="uniform",
             where={"study": "uniform"},
-            measure="ImageNet top-1 (%), budgets of 4, 5 and 6 bits, 16 images choose",
+            measure="ImageNet top-1 (%), mean of the budgets of 4, 5 and 6 bits",
             run=run,
             **UNTRAINED,
         )
@@ -358,10 +358,10 @@ FINDINGS = [
     ),
     *(
         Listed(
-            f"Without training, assignment beats the SQNR list within equal BitOPs: {network}.",
+            f"Without training, assignment on {count} images beats the SQNR list: {network}.",
             base="SQNR list",
             where={"study": "policies"},
-            measure=f"ImageNet top-1 (%), mean of six budgets, {count} images choose",
+            measure="ImageNet top-1 (%), mean of six budgets",
             run=run,
             **UNTRAINED,
         )
