@@ -303,9 +303,9 @@ def cora(
 
     `granularity`: as in `quantize_weight`. `deviations`: as there; 3 is the release's, and 1000
     cuts no range, which was better on EfficientNet-Lite0 with a budget of 5%. `adapter_bits`: that
-    adapters are stored in. `exempt`: convolutions without adapter. `order`: of the Butterworth kernel. `start`: share
-    of the full rank in each layer before the search; None takes the one that meets the budget.
-    `iterations`: of the search; 0 keeps the same share in each layer. `teacher`: follow the outputs
+    adapters are stored in. `exempt`: convolutions without adapter. `order`: of the Butterworth
+    kernel. `start`: share of the full rank in each layer before the search; None takes the one that
+    meets the budget. `iterations`: of the search; 0 keeps the same share in each layer. `teacher`: follow the outputs
     of the float network instead of the labels. `recalibrate`: measure the statistics of batch norms
     anew on the calibration images, before the search and at the end. `lr`, `clip`, `gamma`: as in
     `search_ranks`. `seed`: of the batches.
