@@ -305,10 +305,10 @@ def cora(
     cuts no range, which was better on EfficientNet-Lite0 with a budget of 5%. `adapter_bits`: that
     adapters are stored in. `exempt`: convolutions without adapter. `order`: of the Butterworth
     kernel. `start`: share of the full rank in each layer before the search; None takes the one that
-    meets the budget. `iterations`: of the search; 0 keeps the same share in each layer. `teacher`: follow the outputs
-    of the float network instead of the labels. `recalibrate`: measure the statistics of batch norms
-    anew on the calibration images, before the search and at the end. `lr`, `clip`, `gamma`: as in
-    `search_ranks`. `seed`: of the batches.
+    meets the budget. `iterations`: of the search; 0 keeps the same share in each layer. `teacher`:
+    follow the outputs of the float network instead of the labels. `recalibrate`: measure the
+    statistics of batch norms anew on the calibration images, before the search and at the end.
+    `lr`, `clip`, `gamma`: as in `search_ranks`. `seed`: of the batches.
 
     Raises ValueError for a value that is not allowed, a budget below adapters of rank 1, images
     that are not finite, and a network that cannot be adapted (see `check_convolutions`). Source:
