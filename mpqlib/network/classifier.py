@@ -22,8 +22,9 @@ def copy_all_but_last(trained: nn.Module, fresh: nn.Module) -> None:
     """Copies every tensor of `trained` into `fresh`, except those of the last layers.
 
     Both are float networks, or both are supernets. They may differ in their number of classes
-    alone. The last layers, with their quantizers, stay as they are in `fresh`, even if their shapes
-    are equal: the classes are others.
+    alone. The last layers, with their quantizers and the batch norms of convolutions, stay as they
+    are in `fresh`, even if their shapes are equal: the classes are others. A batch norm behind a
+    last linear layer is copied.
     Raises ValueError if any other tensor is missing, unexpected or of another shape or type, or if
     two supernets differ in candidates or in shared quantizers. `fresh` is then unchanged.
     """

@@ -184,7 +184,7 @@ def _read_images(calibration: Dataset) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def _check_images(images: Tensor, network: nn.Module, recalibrate: bool) -> None:
+def _check_calibration(images: Tensor, network: nn.Module, recalibrate: bool) -> None:
     """Raises ValueError for images of another type than the weights, or too few to recalibrate."""
     wanted = next(iter(convolutions(network).values())).weight.dtype
     if images.dtype != wanted:
@@ -321,7 +321,7 @@ def cora(
     adapter_bits, device = int(adapter_bits), select_device(device)
     check_convolutions(network)
     images, targets = (tensor.to(device) for tensor in _read_images(calibration))
-    _check_images(images, network, recalibrate)
+    _check_calibration(images, network, recalibrate)
     copied = copy.deepcopy(network).to(device).eval()
     outputs = _outputs(copied, images if teacher else images[:1])
     if teacher:
