@@ -94,7 +94,8 @@ class InMemory(Dataset):
 
     Items are (float tensor (3, H, W), int label), as those of `Images`; a slice gives a batch.
     `padding`: pixels of black around an image, out of which a crop of its own size is taken at
-    random; 0 takes the image itself. `flip`: mirror half of the images.
+    random; 0 takes the image itself. `flip`: mirror half of the images. `cutout`: side, in pixels,
+    of a square at a random place in each image that is set to the mean (arXiv 1708.04552).
     Raises TypeError or ValueError for a value that is not allowed.
     """
 
@@ -104,6 +105,7 @@ class InMemory(Dataset):
     std: Sequence[float]
     padding: int = 0
     flip: bool = False
+    cutout: int = 0
 
     def __post_init__(self):
         shape, kind = tuple(self.images.shape), self.images.dtype
@@ -121,6 +123,7 @@ class InMemory(Dataset):
         _check_normalisation(self.mean, self.std)
         _check("padding", self.padding, Integral, "a whole number from 0", lambda v: v >= 0)
         _check("flip", self.flip, bool, "True or False")
+        _check("cutout", self.cutout, Integral, "a whole number from 0", lambda v: v >= 0)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -145,7 +148,10 @@ class InMemory(Dataset):
             x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
         mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
-        return (x - mean) / std, self.labels[chosen]
+        x = (x - mean) / std
+        if self.cutout:
+            x = _cut_out(x, self.cutout)
+        return x, self.labels[chosen]
 
     def __getitem__(self, i: int | slice) -> tuple[Tensor, int | Tensor]:
         if isinstance(i, slice):
@@ -159,8 +165,8 @@ class InMemory(Dataset):
         return list(zip(x, y, strict=True))
 
     def without_augmentation(self) -> "InMemory":
-        """The same tensors without random crops and flips."""
-        return replace(self, padding=0, flip=False)
+        """The same tensors without random crops, flips and cutout."""
+        return replace(self, padding=0, flip=False, cutout=0)
 
     def to(self, device: str | torch.device) -> "InMemory":
         """The images and labels on `device`."""
@@ -189,6 +195,20 @@ def _random_crops(x: Tensor, padding: int) -> Tensor:
     padded = F.pad(x, [padding] * 4)
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, top, left, H, W), a view
     return crops[torch.arange(count, device=x.device), :, top, left].contiguous()
+
+
+def _cut_out(x: Tensor, side: int) -> Tensor:
+    """Sets a square of each image of `x` (N, C, H, W) to 0, centred anywhere in the image."""
+    count, _, height, width = x.shape
+
+    def is_inside(size: int) -> Tensor:
+        """Whether each place along one dimension is in the square, (N, size)."""
+        first = torch.randint(size, (count, 1)) - side // 2
+        places = torch.arange(size)
+        return ((first <= places) & (places < first + side)).to(x.device)
+
+    square = is_inside(height)[:, None, :, None] & is_inside(width)[:, None, None, :]
+    return x.masked_fill(square, 0)
 
 
 @dataclass(frozen=True)

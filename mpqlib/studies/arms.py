@@ -52,6 +52,8 @@ class Setting:
     search: dict  # options of `greedy`
     training: dict = field(default_factory=dict)  # options of TrainConfig, of both networks
     float_training: dict = field(default_factory=dict)  # others for the float network
+    float_seed: int | None = None  # all seeds start from its float network; None: from their own
+    float_cutout: int = 0  # side of the square cut out of the float network's images, in pixels
     arms: dict = field(default_factory=lambda: deepcopy(ARMS))  # name -> options, as ARMS
     uniform: list[int] | None = None  # uniform configurations to measure; None: all `bits`
     primary: list[int] | None = None  # those whose mean test top-1 is the primary outcome
@@ -102,10 +104,14 @@ class Setting:
         own = {name: value for name, value in asdict(self).items() if name not in others}
         return own | {"arm": self.arms[arm]}
 
+    def float_seed_of(self, seed: int) -> int:
+        """The seed of the float network that the supernets of `seed` start from."""
+        return seed if self.float_seed is None else self.float_seed
+
     def float_config(self, seed: int) -> TrainConfig:
-        """How the float network is trained."""
+        """How the float network that `seed` starts from is trained."""
         options = self.training | self.float_training
-        return TrainConfig(epochs=self.float_epochs, seed=seed, **options)
+        return TrainConfig(epochs=self.float_epochs, seed=self.float_seed_of(seed), **options)
 
     def arm_config(self, arm: str, seed: int) -> TrainConfig:
         """How the supernet of an arm is trained. Raises ValueError for an unknown arm."""

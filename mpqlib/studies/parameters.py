@@ -140,6 +140,8 @@ _RULES = {
     "workers": whole(0, 1000),
     "training": OPTIONS,
     "float_training": OPTIONS,
+    "float_seed": optional(whole(0, RANGES["seed"][1])),
+    "float_cutout": whole(0),
     "search": OPTIONS,
     "judged": one_of(("top1", "search_top1")),
     "seed": whole(0, RANGES["seed"][1]),

@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from ..data import Splits
 from ..files import remembered, save_json
@@ -59,19 +60,24 @@ class Study:
         """Where `run` stores its rows."""
         return self.file(f"{arm}-{seed}-{kind}.json")
 
-    def train(self, model: nn.Module, config: TrainConfig, name: str, about: Mapping) -> tuple:
+    def train(
+        self, model: nn.Module, images: Dataset, config: TrainConfig, name: str, about: Mapping
+    ) -> tuple:
         """Trains a network with the checkpoint `name`; returns it and its history."""
         self.deadline.check()
         file = self.file(f"{name}.pt")
         how = dict(device=self.device, label=name, about=self.setting.about | about)
         how |= dict(checkpoint=file, watch=self.deadline.watch(file))
-        return train(model, self.splits.train, config, **how)
+        return train(model, images, config, **how)
 
     def train_float(self, seed: int) -> nn.Module:
         """Trains the float network that all arms of a seed start from."""
-        torch.manual_seed(seed)
+        config, cutout = self.setting.float_config(seed), self.setting.float_cutout
+        torch.manual_seed(config.seed)
         network = create(self.setting.model, len(self.splits.classes))
-        return self.train(network, self.setting.float_config(seed), f"float-{seed}", {})[0]
+        images = replace(self.splits.train, cutout=cutout) if cutout else self.splits.train
+        name, about = f"float-{config.seed}", {"cutout": cutout} if cutout else {}
+        return self.train(network, images, config, name, about)[0]
 
     def build_supernet(self, network: nn.Module, arm: str) -> Supernet:
         """Converts a float network with the options of an arm."""
@@ -85,7 +91,7 @@ class Study:
         config = self.setting.arm_config(arm, seed)
         supernet = self.build_supernet(self.train_float(seed), arm)
         about = {"supernet": self.setting.arms[arm].get("supernet", {})}
-        supernet, history = self.train(supernet, config, f"{arm}-{seed}", about)
+        supernet, history = self.train(supernet, self.splits.train, config, f"{arm}-{seed}", about)
         save_json(self.file(f"{arm}-{seed}-history.json"), history)
         return supernet
 
@@ -142,8 +148,9 @@ class Study:
             tested = evaluate(network, self.splits.test, device=self.device)
             return {"seed": seed, "top1": 100 * tested.top1}
 
-        about = self.setting.about | asdict(self.setting.float_config(seed))
-        return remembered(self.file(f"float-{seed}.json"), about, compute)
+        about = self.setting.about | {"cutout": self.setting.float_cutout}
+        config = self.setting.float_config(seed)
+        return remembered(self.file(f"float-{config.seed}.json"), about | asdict(config), compute)
 
 
 def seconds_of_parts(study: Study, network: nn.Module) -> dict[str, float]:
