@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUND = ["files", "data", "models"]  # import no module of mpqlib
 WINGS = {
     "network": [
+        "compilation",
         "quantizer",
         "bits",
         "layers",

@@ -7,6 +7,8 @@ from math import log2
 import torch
 from torch import Tensor, nn
 
+from .compilation import one_pass
+
 GRANULARITIES = ("tensor", "channel")  # one range for all weights, or one per output channel
 
 # Bits of weights of two or three values. A byte holds five of three values: 3^5 = 243 <= 256.
@@ -23,98 +25,88 @@ def integer_range(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def in_memory_order(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Tensors of one shape as vectors of `dtype`, in the memory order of the first tensor.
+def in_memory_order(first: Tensor, *others: Tensor, rows: int = 1) -> list[Tensor]:
+    """Tensors of one shape as matrices (rows, values), in the memory order of the first tensor.
 
-    They are views where neither type nor order has to change.
+    They are views where the order does not have to change.
     """
-    first = tensors[0]
-    if first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last):
+    tensors = first, *others
+    if _is_channels_last(first):
         tensors = tuple(x.permute(0, 2, 3, 1) for x in tensors)  # NCHW -> NHWC
-    return [x.reshape(-1).to(dtype) for x in tensors]
+    return [x.reshape(rows, -1) for x in tensors]
 
 
-def shaped_like(vector: Tensor, x: Tensor) -> Tensor:
-    """A vector in the memory order of `x`, as a view in the shape of `x`."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return vector.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)  # NHWC -> NCHW
-    return vector.view(x.shape)
+def shaped_like(matrix: Tensor, x: Tensor) -> Tensor:
+    """A matrix of `in_memory_order(x)`, as a view in the shape of `x`."""
+    if _is_channels_last(x):
+        return matrix.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)  # NHWC -> NCHW
+    return matrix.view(x.shape)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def quantize(x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
-    """x_hat = s * round(clip(x / s, q_min, q_max)) of a vector x (LSQ, equations 1 and 2)."""
-    return (x / step).clamp_min_(q_min).clamp_max_(q_max).round_().mul_(step)
+    """x_hat = s * round(clip(x / s, q_min, q_max)) of rows x (R, N), with a step (R, 1) for each.
+
+    Computes in the type of the step and returns that of x. Source: LSQ, equations 1 and 2.
+    """
+    v = x.to(step.dtype) / step
+    return (v.clamp(q_min, q_max).round() * step).to(x.dtype)
 
 
 def gradients(
-    x: Tensor, x_hat: Tensor, grad: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor
+    x: Tensor, grad: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (a vector) and step (a scalar) from the gradient of x_hat in `quantize`.
+    """Gradients of x (R, N) and step (R, 1) from the gradient of x_hat in `quantize`.
 
     Clipping is judged on v = x / s before rounding (LSQ, equations 3 and 5):
         dx_hat/dx = 1 where q_min < v < q_max, else 0
         dx_hat/ds = round(v) - v inside, q_min or q_max outside
-    Both cases of the second line equal x_hat / s - v * dx_hat/dx, which needs no second mask.
     """
-    # -v, because torch.compile would compute v and both comparisons in the forward pass, and store
-    # them. Comparisons as numbers 0 and 1, because PyTorch multiplies by truth values slowly.
-    minus_v = x / -step
-    above = torch.lt(minus_v, -q_min, out=torch.empty_like(minus_v))
-    grad_x = minus_v.gt_(-q_max).mul_(above).mul_(grad)
-    return grad_x, (torch.dot(grad, x_hat) - torch.dot(grad_x, x)) / step
+    v = x.to(step.dtype) / step
+    inside = (q_min < v) & (v < q_max)
+    grad_x = torch.where(inside, grad, 0)
+    change = v.clamp(q_min, q_max).round() - torch.where(inside, v, 0)
+    return grad_x, (grad.to(step.dtype) * change).sum(1, keepdim=True)
 
 
 class LSQ(torch.autograd.Function):
-    """`quantize` with LSQ's gradients (arXiv 1902.08153)."""
+    """`quantize` with LSQ's gradients (arXiv 1902.08153), each in one pass over memory."""
 
     @staticmethod
     def forward(
         ctx, x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor, scale_step_gradient: bool
     ) -> Tensor:
-        # In the type of the step, because its gradient is a small difference of large sums:
-        # bfloat16 would lose it.
-        (vector,) = in_memory_order(x, dtype=step.dtype)
-        x_hat = shaped_like(quantize(vector, step, q_min, q_max), x)
-        # The layers around keep both anyway, so saving them costs no memory. v is recomputed.
-        ctx.save_for_backward(x, x_hat, step, q_min, q_max)
+        ctx.save_for_backward(x, step, q_min, q_max)
         ctx.scale_step_gradient = scale_step_gradient
-        return x_hat
+        # Detached, because torch.compile would look at the history of what a view is of.
+        (rows,) = in_memory_order(x.detach(), rows=step.numel())
+        steps = step.detach().reshape(-1, 1)
+        return shaped_like(one_pass(quantize, x.device.type)(rows, steps, q_min, q_max), x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, x_hat, step, q_min, q_max = ctx.saved_tensors
-        vectors = in_memory_order(x, x_hat, grad, dtype=step.dtype)
-        grad_x, grad_step = gradients(*vectors, step, q_min, q_max)
+        x, step, q_min, q_max = ctx.saved_tensors
+        rows = in_memory_order(x.detach(), grad.detach(), rows=step.numel())
+        steps, compute = step.detach().reshape(-1, 1), one_pass(gradients, x.device.type)
+        grad_x, grad_step = compute(*rows, steps, q_min, q_max)
         if ctx.scale_step_gradient:
-            grad_step = grad_step / (x.numel() * q_max).sqrt()
-        return shaped_like(grad_x, x), grad_step, None, None, None
+            grad_step = grad_step / (rows[0].shape[1] * q_max).sqrt()
+        return shaped_like(grad_x, x), grad_step.reshape(step.shape), None, None, None
 
 
 def lsq(
     x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor, scale_step_gradient: bool = False
 ) -> Tensor:
-    """Fake-quantizes `x` (any shape) to integers from `q_min` to `q_max` times `step`, all scalars.
+    """Fake-quantizes `x` (any shape) to integers from `q_min` to `q_max`, scalars, times `step`.
 
-    Same shape (LSQ, equations 1-3). With `scale_step_gradient` the gradient of the step is divided
-    by sqrt(numel * q_max), LSQ's g.
+    Same shape (LSQ, equations 1-3). `step`: a scalar, or for weights (out, ...) one for each output
+    channel, in any shape. With `scale_step_gradient` the gradient of a step is divided by
+    sqrt(n * q_max), LSQ's g, where n is the number of values that the step quantizes.
     """
     return LSQ.apply(x, step, q_min, q_max, scale_step_gradient)
-
-
-def lsq_per_channel(
-    x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor, scale_step_gradient: bool = False
-) -> Tensor:
-    """`lsq` of weights `x` (out, ...) with a `step` (out, 1, ...) for each output channel.
-
-    It composes PyTorch's own operations, which takes more time and memory than `lsq`.
-    """
-    if scale_step_gradient:
-        g = (x[0].numel() * q_max).rsqrt()
-        step = step.detach() + g * (step - step.detach())
-    v = x / step
-    inside = (q_min < v) & (v < q_max)
-    v = torch.where(inside, v, v.detach().clamp(q_min, q_max))
-    return (v + (v.round() - v).detach()) * step
 
 
 def _positive(step: Tensor) -> Tensor:
@@ -214,8 +206,7 @@ class Quantizer(nn.Module):
         """
         step = self.steps.index_select(0, position).squeeze(0).abs()
         q_min, q_max = self.ranges.index_select(1, position).squeeze(1)
-        function = lsq_per_channel if self.per_channel else lsq
-        return function(x, step, q_min, q_max, self.scale_step_gradient)
+        return lsq(x, step, q_min, q_max, self.scale_step_gradient)
 
     # The sign of the range belongs to the checkpoint, because it comes from data.
     def get_extra_state(self) -> Tensor:

@@ -45,7 +45,7 @@ from .optimization import (
     step_sizes,
     step_travel,
 )
-from .scheduler import cosine, freeze, freeze_share, is_decision, turbulence
+from .scheduler import cosine, freeze, freeze_share, frozen_bits, is_decision, turbulence
 from .speed import check_choice, faster_dtype, is_worth_compiling
 from .step import OneShotStep, float_gradients
 
@@ -98,6 +98,7 @@ class TrainConfig:
     freeze_late: float = 0.72  # share of training after which the choice is made ...
     freeze_late_every: int = 15  # ... only every so many parts
     freeze_activations: bool = True  # the release: True for ResNet18, False for MobileNetV2
+    freeze_any: bool = False  # also freeze smallest bits above 2, or above 3 if depth-wise
     idm: bool = True  # information distortion mitigation
     idm_weight: float = 0.01
     grid_weight: float = 0.1  # final weight of the quantization-error term, 0 for none
@@ -323,7 +324,8 @@ class Run:
         turbulences = from_first(turbulences)  # another kind of GPU may round differently
         if c.scheduler:
             share = freeze_share(decisions[-1], c.schedule_parts, *every)
-            self.candidates = freeze(full, turbulences, share, c.freeze_activations)
+            most = None if c.freeze_any else frozen_bits(self.model.table)
+            self.candidates = freeze(full, turbulences, share, c.freeze_activations, most)
         frozen = [name for name, own in self.candidates.items() if own != full[name]]
         return {"step": self.step, "turbulence": turbulences, "frozen": frozen}
 

@@ -70,8 +70,9 @@ def create_optimizers(
     """SGD with Nesterov momentum for weights and norms, Adam for the quantizers' steps (RFQuant).
 
     Their learning rates are set by `set_learning_rates`. Parameters that require no gradient are
-    left out. Norms and biases do not decay. With `region_decay`, the weights of a supernet's layers
-    do not decay here either: see `decay_by_region`. Raises ValueError if no parameter requires a
+    left out. Norms and biases do not decay, nor do the last layers of a supernet. With
+    `region_decay`, the weights of its other layers do not decay here either: see
+    `decay_by_region`. Raises ValueError if no parameter requires a
     gradient.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -79,11 +80,10 @@ def create_optimizers(
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     own_steps = {id(quantizer.steps) for quantizer in quantizers}
-    layers = model.layers.values() if isinstance(model, Supernet) else ()
-    banks = [layer.bank for layer in layers if isinstance(layer, QuantConvBN) and layer.bank]
-    undecayed = {id(p) for bank in banks for p in bank.parameters()}
-    if region_decay:
-        undecayed |= {id(layer.op.weight) for layer in layers}
+    layers, last = (model.layers, model.last) if isinstance(model, Supernet) else ({}, [])
+    convs = [layer for layer in layers.values() if isinstance(layer, QuantConvBN)]
+    undecayed = {id(p) for layer in convs if layer.bank for p in layer.bank.parameters()}
+    undecayed |= {id(layers[name].op.weight) for name in (layers if region_decay else last)}
     steps = [p for p in trained if id(p) in own_steps]
     others = [p for p in trained if id(p) not in own_steps]
     decayed = [p for p in others if p.dim() > 1 and id(p) not in undecayed]

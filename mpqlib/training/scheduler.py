@@ -9,6 +9,7 @@ from torch import Tensor
 from ..network.bits import Candidates
 from ..network.layers import QuantLinear
 from ..network.quantizer import in_memory_order, integer_range
+from ..network.supernet import LayerInfo
 
 # Number of weights in a block. What is computed from a block fits into a processor's cache.
 BLOCK = 2**18
@@ -23,7 +24,7 @@ def unstable_share(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     """
     q_min, q_max = integer_range(bits, signed=True)
     count = torch.zeros((), dtype=torch.long, device=weight.device)
-    for block in in_memory_order(weight, dtype=weight.dtype)[0].split(BLOCK):
+    for block in in_memory_order(weight)[0].squeeze(0).split(BLOCK):
         # Clipped values are integers, so that the outer sides of the end bins do not count.
         v = (block / step).clamp_(q_min, q_max)
         distance = v.frac_().abs_().sub_(1 / 2).abs_()  # to the nearest rounding bound, <= 1/2
@@ -62,18 +63,29 @@ def freeze_share(part: int, parts: int = 150, start: int = 6, every: int = 2) ->
     return cosine(0.5, 0.2, decisions / (parts / every))
 
 
+def frozen_bits(table: Iterable[LayerInfo]) -> dict[str, int]:
+    """The largest bit-width that may be frozen in each layer: 2, and 3 in depth-wise convolutions.
+
+    RFQuant's release never freezes others, so candidates that begin above stay as they are.
+    """
+    return {info.name: 3 if info.depthwise else 2 for info in table}
+
+
 def freeze(
     full: Mapping[str, Candidates],
     turbulences: Mapping[str, float],
     share: float,
     activations: bool = True,
+    most: Mapping[str, int] | None = None,
 ) -> dict[str, Candidates]:
     """Candidates without the smallest bit-width in the most turbulent `share` of layers.
 
     The number of layers is rounded down. All other layers get their `full` candidates, even if they
     were frozen before. Layers with one weight candidate are not ranked. `activations`: where a
     layer's weight and activation candidates are the same, freeze both (RFQuant's configuration of
-    ResNet18). Raises ValueError for a share outside 0 to 1.
+    ResNet18). `most`: a layer whose smallest bit-width is larger than this is not frozen, but takes
+    its place in the ranking, as in RFQuant's release (`frozen_bits`); None freezes any. Raises
+    ValueError for a share outside 0 to 1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share={share!r} is not allowed: a share of layers, from 0 to 1")
@@ -82,7 +94,8 @@ def freeze(
         key=lambda name: turbulences[name],
         reverse=True,
     )
-    frozen = set(ranked[: int(share * len(ranked))])
+    chosen = ranked[: int(share * len(ranked))]
+    frozen = {name for name in chosen if most is None or full[name].weight[0] <= most[name]}
 
     def reduced(c: Candidates) -> Candidates:
         both = activations and c.act == c.weight

@@ -1,12 +1,13 @@
 """How training runs fastest: the number type of convolutions and linear layers, and compilation."""
 
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.distributed as dist
+
+from ..network.compilation import can_compile
 
 DTYPES = "float32", "bfloat16"
 CHOICES = {"dtype": ("auto", *DTYPES), "compile": ("auto", "never", "always")}
@@ -46,19 +47,6 @@ def faster_dtype(step: Callable[[str], object], device: torch.device, repeats: i
     return "bfloat16" if bfloat16 < float32 else "float32"
 
 
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here; warns if not. On a CPU it needs a C++ compiler."""
-    try:
-        torch.compile(torch.neg)(torch.zeros(1, device=device))
-    except Exception as error:  # of many kinds, such as a missing compiler
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"training is not compiled, because torch.compile fails: {reason}", stacklevel=2
-        )
-        return False
-    return True
-
-
 def is_worth_compiling(seconds: float, device: torch.device) -> bool:
     """Whether training that takes another `seconds` should be compiled, and can be."""
-    return seconds >= 60 * WORTH_COMPILING and can_compile(device)
+    return seconds >= 60 * WORTH_COMPILING and can_compile(device.type)

@@ -326,9 +326,9 @@ def test_step_gradient_is_exact_for_a_bfloat16_tensor():
     for dtype in (torch.float32, torch.bfloat16):
         x, step = images.to(dtype).requires_grad_(), torch.tensor(0.7, requires_grad=True)
         x_hat = lsq(x, step, 2, False)
-        x_hat.backward(grad.to(x_hat.dtype))
-        assert x.grad.dtype == dtype
-        found[dtype] = x_hat, step.grad, x.grad.float()
+        x_hat.backward(grad.to(dtype))
+        assert x_hat.dtype == x.grad.dtype == dtype
+        found[dtype] = x_hat.bfloat16(), step.grad, x.grad.float()
     for exact, half in zip(*found.values(), strict=True):
         torch.testing.assert_close(half, exact)
 

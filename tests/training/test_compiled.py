@@ -15,6 +15,8 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from mpqlib.network.bits import sample
+from mpqlib.network.compilation import one_pass
+from mpqlib.network.quantizer import gradients, quantize
 from mpqlib.network.supernet import Supernet
 from mpqlib.training.loop import Run, TrainConfig, update
 
@@ -42,24 +44,27 @@ def assert_close(found, expected, name):
 
 @pytest.mark.parametrize("kind", [TinyNet, ActivationInside])
 def test_compiled_training_gives_the_same_numbers_by_one_program(kind, monkeypatch):
+    for function in (quantize, gradients):
+        one_pass(function, "cpu")  # these two are compiled by generated code
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch.manual_seed(0)
     x, y = torch.randn(24, 3, 12, 12, dtype=torch.float64), torch.arange(24) % 3
     plain = Supernet(kind().double(), x, (2, 3, 4)).train()
     compiled = copy.deepcopy(plain)
-    torch._dynamo.reset()
-    programs = torch._dynamo.utils.counters
-    programs.clear()
     config = dict(batch_size=8, epochs=1, lr=0.003, idm_weight=1.0, grid_start=0)
     runs = [
         Run.start(TrainConfig(compile=choice, **config), net, 24)
         for net, choice in ((plain, "never"), (compiled, "always"))
     ]
-    for step in range(3):
-        at = slice(8 * step, 8 * step + 8)
-        expected, losses = (update(run, x[at], y[at]) for run in runs)
-        for name, loss in expected.items():
-            assert_close(losses[name], loss, name)
+    batches = [(x[at : at + 8], y[at : at + 8]) for at in (0, 8, 16)]
+    expected = [update(runs[0], *batch) for batch in batches]
+    torch._dynamo.reset()
+    programs = torch._dynamo.utils.counters
+    programs.clear()
+    for batch, losses in zip(batches, expected, strict=True):
+        found = update(runs[1], *batch)
+        for name, loss in losses.items():
+            assert_close(found[name], loss, name)
     for name, tensor in plain.state_dict().items():
         assert_close(compiled.state_dict()[name], tensor, name)
     # One program for the pass that keeps outputs, and one for those that are compared with them.

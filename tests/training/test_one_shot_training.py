@@ -242,9 +242,9 @@ class Twin:
         for name in [*SEARCHED, "first", "last"]:
             key = f"model.{name}.op.weight"
             passes = sum(config[name][0] == 2 for config in configs)
-            if not c.region_decay:
+            if not c.region_decay and name != "last":
                 gradients[key] = gradients[key] + c.weight_decay * self.values[key]
-            elif name != "last":
+            elif c.region_decay and name != "last":
                 two = self.values.get(f"model.{name}.weight_quantizer.steps.2")
                 two = None if two is None else abs(float(two))
                 arrays = gradients[key].numpy(), self.weight(name).numpy()

@@ -8,13 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from mpqlib.network.bits import Candidates
 from mpqlib.network.layers import QuantConvBN, QuantLinear
+from mpqlib.network.supernet import LayerInfo, Supernet
+from mpqlib.training.loop import TrainConfig, train
 from mpqlib.training.scheduler import (
     BLOCK,
     freeze,
     freeze_share,
+    frozen_bits,
     is_decision,
     turbulence,
     unstable_share,
@@ -196,6 +200,39 @@ def test_layers_with_one_weight_candidate_neither_change_nor_count():
     # They need no turbulence, and a high one of theirs takes no other layer's place.
     for turbulences in ({"a": 0.2, "b": 0.1}, {"first": 9.0, "a": 0.2, "b": 0.1, "fixed": 9.0}):
         assert freeze(full, turbulences, 0.5) == full | {"a": FROZEN[ORDINARY]}
+
+
+@pytest.mark.parametrize(
+    ("depthwise", "bits", "left"),
+    [  # the release's sets, and others of 2 to 7 bits
+        (False, (2, 3, 4, 5, 6), (3, 4, 5, 6)),
+        (False, (3, 4, 5, 6), (3, 4, 5, 6)),
+        (False, (4, 5, 6), (4, 5, 6)),
+        (False, (2, 4, 7), (4, 7)),
+        (True, (3, 4, 5, 6), (4, 5, 6)),
+        (True, (4, 5, 6), (4, 5, 6)),
+        (True, (2, 3), (3,)),
+    ],
+)
+def test_only_2_bits_are_frozen_and_3_in_depthwise_convolutions(depthwise, bits, left):
+    info = LayerInfo("a", 1, 1, depthwise, same(*bits))
+    full, turbulences = {"a": info.candidates, "b": ORDINARY}, {"a": 0.2, "b": 0.1}
+    most = frozen_bits([info, LayerInfo("b", 1, 1, False, ORDINARY)])
+    # The most turbulent layer takes its place even if it has nothing to freeze.
+    assert freeze(full, turbulences, 0.5, most=most) == {"a": same(*left), "b": ORDINARY}
+    assert freeze(full, turbulences, 0.5) == {"a": same(*bits[1:]), "b": ORDINARY}
+
+
+@pytest.mark.parametrize("freeze_any", [False, True])
+def test_training_with_bits_from_3_freezes_only_if_told_to(freeze_any):
+    x = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(3, 3, 3, padding=1) for _ in range(6)]
+    supernet = Supernet(nn.Sequential(*convs, nn.Flatten(), nn.Linear(108, 3)), x, bits=(3, 4))
+    config = TrainConfig(epochs=1, batch_size=4, lr=1e-4, freeze_any=freeze_any)
+    _, history = train(supernet, TensorDataset(x, torch.arange(16) % 3), config)
+    frozen = [name for decision in history[0]["decisions"] for name in decision["frozen"]]
+    assert len(history[0]["decisions"]) > 0 and bool(frozen) == freeze_any
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import torch
 from conftest import TinyNet, images
 from torch import nn
 
+from mpqlib.network.compilation import can_compile, one_pass
+from mpqlib.network.quantizer import gradients, lsq, quantize
 from mpqlib.network.supernet import Supernet
 from mpqlib.training import speed
 from mpqlib.training.loop import TrainConfig, train
@@ -137,13 +139,20 @@ def test_without_a_compiler_training_is_not_compiled(monkeypatch):
         raise RuntimeError("no C++ compiler\nat all")
 
     monkeypatch.setattr(speed.torch, "compile", fail)
-    with pytest.warns(UserWarning, match=r"torch.compile fails: no C\+\+ compiler$"):
+    can_compile.cache_clear()
+    with pytest.warns(UserWarning, match=r"torch.compile, which fails here: no C\+\+ compiler\."):
         assert not is_worth_compiling(7200, CPU)
+    x = torch.linspace(-2, 2, 9)
+    quantized = lsq(x, torch.tensor(0.5), torch.tensor(-2.0), torch.tensor(1.0))
+    assert quantized.tolist() == [-1, -1, -1, -0.5, 0, 0.5, 0.5, 0.5, 0.5]
+    can_compile.cache_clear()
 
 
 @pytest.mark.parametrize("long", [False, True])
 def test_the_third_step_decides_about_compilation(long, monkeypatch, tmp_path):
     asked, options = [], dict(checkpoint=tmp_path / "run.pt", checkpoint_minutes=0)
+    for function in (quantize, gradients):
+        one_pass(function, "cpu")  # these stay compiled
 
     def worth(seconds, device):
         asked.append((seconds, device))

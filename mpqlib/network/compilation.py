@@ -1,0 +1,43 @@
+"""Functions of tensors, compiled so that they read and write memory once."""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+
+@cache
+def can_compile(device: str) -> bool:
+    """Whether torch.compile works on this type of device; warns if not. A CPU needs a C++ compiler.
+
+    Such as "cpu" or "cuda".
+    """
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # of many kinds, such as a missing compiler
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"mpqlib runs without torch.compile, which fails here: {reason}. Training is slower",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@cache
+def _compile(function: Callable) -> Callable:
+    # One process compiles: to start others would take longer than two small functions do.
+    return torch.compile(function, dynamic=True, options={"compile_threads": 1})
+
+
+def one_pass(function: Callable, device: str) -> Callable:
+    """`function`, compiled for tensors of any shape on this type of device.
+
+    Its operations then take one pass over memory together, where otherwise each takes its own. The
+    first call takes some seconds; PyTorch keeps the program on disk. Returns `function` itself
+    where nothing can be compiled, and within a larger function that is being compiled.
+    """
+    if torch.compiler.is_compiling() or not can_compile(device):
+        return function
+    return _compile(function)
