@@ -22,7 +22,7 @@ from ..network.cost import bitops, model_size
 from ..network.supernet import Supernet
 from ..training.evaluation import evaluate, recalibrate
 from ..training.loop import TRAINING_RULES
-from .intervals import top1_interval
+from .intervals import correct_text, top1_interval
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "mpqlib")
 
@@ -34,12 +34,14 @@ def measure(
     *,
     images: int | None = 7000,
     device: str | torch.device = "cpu",
-) -> dict[str, float]:
+    per_image: bool = False,
+) -> dict[str, object]:
     """Cost and accuracy of one configuration, recalibrated on `images` training images.
 
     `splits`: from `data.load`. `images`: see `recalibrate`; None uses the present statistics. Cost:
     BitOPs in G per image and size in MB. Accuracy: top-1 in % on the search split, and on the test
-    split with its 95% interval. Raises ValueError as `recalibrate` and `evaluate` do.
+    split with its 95% interval. `per_image`: also, as `correct`, which test images are classified
+    correctly (`correct_text`). Raises ValueError as `recalibrate` and `evaluate` do.
     """
     if images is not None:
         recalibrate(supernet, splits.calibration, config, images=images, device=device)
@@ -51,6 +53,7 @@ def measure(
         "search_top1": 100 * searched.top1,
         "search_loss": searched.loss,
         **top1_interval(tested.correct),
+        **({"correct": correct_text(tested.correct)} if per_image else {}),
     }
 
 

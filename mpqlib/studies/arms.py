@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from ..network.supernet import Supernet
-from ..search.greedy import check_options
 from ..training.loop import TrainConfig
-from .parameters import Rule, check_parameters, check_training
+from .parameters import Rule, check_parameters, check_subset, check_training
 
 # The four arms of RFQuant's Table 6: name -> options of TrainConfig and of Supernet.
 ARMS = {
@@ -24,10 +23,11 @@ NAMED_ARMS = Rule(
     'a dict of arms, such as {"no IDM": {"training": {"idm": False}}}',
     lambda value: isinstance(value, Mapping) and len(value) > 0,
 )
-# Configurations that are measured, in this order, and the settings that they do not depend on.
+# What is measured of a trained supernet, in this order, and settings that it does not depend on.
 KINDS = {
-    "uniform": {"levels", "search", "search_images"},
-    "policies": {"uniform", "primary"},
+    "uniform": {"levels", "search_images", "compared_images", "watched"},
+    "policies": {"uniform", "primary", "compared_images", "watched"},
+    "outputs": {"levels", "search_images", "uniform", "primary", "watched"},
 }
 
 
@@ -49,38 +49,48 @@ class Setting:
     float_epochs: int
     epochs: int  # of the supernet
     search_images: int  # images that searches score on
-    search: dict  # options of `greedy`
     training: dict = field(default_factory=dict)  # options of TrainConfig, of both networks
     float_training: dict = field(default_factory=dict)  # others for the float network
     float_seed: int | None = None  # all seeds start from its float network; None: from their own
     float_cutout: int = 0  # side of the square cut out of the float network's images, in pixels
+    float_weights: str | None = None  # file of a trained float network; None: train one
     arms: dict = field(default_factory=lambda: deepcopy(ARMS))  # name -> options, as ARMS
     uniform: list[int] | None = None  # uniform configurations to measure; None: all `bits`
     primary: list[int] | None = None  # those whose mean test top-1 is the primary outcome
     recalibration_images: int = 2000  # training images for batch-norm statistics
+    # Images on which outputs at the smallest and largest bits are compared, as in 06_idm_density
+    compared_images: int = 0
+    # Bit-widths at which latent weights are recorded during training, as in 02_latent_distance
+    watched: list[int] = field(default_factory=list)
 
     def __post_init__(self):
         check_parameters({"arms": NAMED_ARMS}, **vars(self))
-        try:
-            check_options(**self.search)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"search: {error}") from error
         if min(self.levels) < min(self.bits):
             least = f"each at least {min(self.bits)}, the smallest of bits"
             raise ValueError(f"levels={self.levels!r} is not allowed: {least}")
-        for name in ("uniform", "primary"):
-            measured = self.bits if name == "uniform" else self.uniform_bits
-            if not set(getattr(self, name) or measured) <= set(measured):
-                chosen = getattr(self, name)
-                raise ValueError(f"{name}={chosen!r} is not allowed: some of {list(measured)}")
+        check_subset("uniform", self.uniform or [], self.bits)
+        check_subset("primary", self.primary or [], self.uniform or self.bits)
+        check_subset("watched", self.watched, self.bits)
         check_training("float_training", self.training | self.float_training)
         for name, options in self.arms.items():
             _check_arm(self, name, options)
 
+    def arm_bits(self, arm: str) -> list[int]:
+        """Candidates of an arm."""
+        return self.arms[arm].get("bits", self.bits)
+
+    def uniform_bits(self, arm: str) -> list[int]:
+        """The uniform configurations of an arm that are measured."""
+        return [b for b in self.uniform or self.bits if b in self.arm_bits(arm)]
+
+    def arm_levels(self, arm: str) -> list[float]:
+        """The budgets of an arm: those that its candidates can keep."""
+        return [level for level in self.levels if level >= min(self.arm_bits(arm))]
+
     @property
-    def uniform_bits(self) -> list[int]:
-        """The uniform configurations that are measured."""
-        return self.bits if self.uniform is None else self.uniform
+    def kinds(self) -> list[str]:
+        """What is measured: some of KINDS, in their order."""
+        return [kind for kind in KINDS if kind != "outputs" or self.compared_images]
 
     @property
     def primary_name(self) -> str:
@@ -99,7 +109,7 @@ class Setting:
         return {name: getattr(self, name) for name in names}
 
     def about_arm(self, arm: str, kind: str) -> dict:
-        """Settings that the rows of an arm depend on, of "uniform" ones or of "policies"."""
+        """Settings that the rows of an arm depend on, of one of `kinds`."""
         others = {"arms"} | KINDS[kind]
         own = {name: value for name, value in asdict(self).items() if name not in others}
         return own | {"arm": self.arms[arm]}
@@ -125,9 +135,10 @@ def _check_arm(setting: Setting, name: str, options: object) -> None:
     """Raises TypeError or ValueError, with the name of the arm, for options that do not exist."""
     if not isinstance(name, str) or not name.replace(" ", "").replace("_", "").isalnum():
         raise ValueError(f"arm {name!r} is not allowed: letters, digits and spaces, for file names")
-    if not isinstance(options, Mapping) or not set(options) <= {"training", "supernet"}:
-        allowed = 'a dict of "training" and "supernet", each a dict of options'
+    if not isinstance(options, Mapping) or not set(options) <= {"training", "supernet", "bits"}:
+        allowed = 'a dict of "training" and "supernet", each a dict of options, and "bits"'
         raise ValueError(f"arm {name!r}: {options!r} is not allowed: {allowed}")
+    check_subset(f"arm {name!r}: bits", setting.arm_bits(name), setting.bits)
     check_training(f"arm {name!r}", setting.training | options.get("training", {}))
     own = dict(options.get("supernet", {}))
     known = inspect.signature(Supernet).parameters.values()

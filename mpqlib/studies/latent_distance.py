@@ -4,6 +4,8 @@ import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import nan
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -40,31 +42,42 @@ def grid_points(layer: QuantLinear, bits: int) -> Tensor:
 class LatentProbe:
     """Records latent weights: `train(..., watch=probe)` adds a row per step, layer and bit-width.
 
-    `names`: layers. `bits`: bit-widths, 8 at most. In a row, `distance` is ||w - w_hat|| / ||w||
-    with the quantized weights w_hat, and `flips` is the share of weights, 0 to 1, whose integer
-    changed since the previous step.
+    `names`: layers. `bits`: bit-widths, 8 at most. In a row, `step` counts from 0, `distance` is
+    ||w - w_hat|| / ||w|| with the quantized weights w_hat, and `flips` is the share of weights, 0
+    to 1, whose integer changed since the previous step; NaN if that step was not seen. `file`: a
+    csv file that gets the rows as well; training that resumes continues it.
     """
 
-    def __init__(self, names: Iterable[str], bits: Iterable[int]):
-        self.names, self.bits = list(names), list(bits)
+    def __init__(self, names: Iterable[str], bits: Iterable[int], file: str | Path | None = None):
+        self.names, self.bits, self.file = list(names), list(bits), file and Path(file)
         self.rows: list[dict] = []
         self._last: dict[tuple[str, int], Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, run: Run) -> None:
-        layers = run.model.layers
-        step = len(self.rows) // (len(self.names) * len(self.bits))
-        for name in self.names:
-            weight, norm = layers[name].op.weight, layers[name].op.weight.norm()
-            for bits in self.bits:
-                points = grid_points(layers[name], bits)
-                s = layers[name].weight_quantizer.step(bits)
-                row = {"step": step, "layer": name, "bits": bits}
-                row["distance"] = float((weight - points * s).norm() / norm)
-                before = self._last.get((name, bits), points)
-                row["flips"] = float((points != before).float().mean())
-                self._last[name, bits] = points
-                self.rows.append(row)
+        rows = [self._row(run, name, bits) for name in self.names for bits in self.bits]
+        self.rows += rows
+        if self.file:
+            new = not self.file.exists()
+            pd.DataFrame(rows).to_csv(self.file, mode="a", header=new, index=False)
+
+    def _row(self, run: Run, name: str, bits: int) -> dict:
+        layer, place = run.model.layers[name], (name, bits)
+        points, step = grid_points(layer, bits), layer.weight_quantizer.step(bits)
+        weight, before = layer.op.weight, self._last.get(place)
+        self._last[place] = points
+        return {
+            "step": run.step - 1,
+            "layer": name,
+            "bits": bits,
+            "distance": float((weight - points * step).norm() / weight.norm()),
+            "flips": nan if before is None else float((points != before).float().mean()),
+        }
+
+
+def read_series(file: str | Path) -> pd.DataFrame:
+    """Rows that a LatentProbe wrote to `file`: of steps that ran twice, those of the first time."""
+    return pd.read_csv(file).drop_duplicates(["step", "layer", "bits"])
 
 
 def roughness(values: Sequence[float]) -> float:
