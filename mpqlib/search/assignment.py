@@ -15,13 +15,13 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from ..network.bits import BitConfig, Bits, check_config, largest
+from ..network.bits import BitConfig, Bits, check_config
 from ..network.cost import bitops, layer_bitops
 from ..network.supernet import Supernet
 from .error import Error, without_nan
 from .limits import check_count, check_limits, describe_costs, used_share
 from .moves import Step
-from .sensitivity import Sensitivity, Ties, measure_sensitivity, pool_tables
+from .sensitivity import Sensitivity, Ties, measure_sensitivity, quick_table
 
 OUTPUT = Lock()  # two threads must not redirect the standard output at the same time
 
@@ -244,16 +244,6 @@ def solve(
     raise ValueError(f"no configuration is within {describe_costs(budget, size)}{demands}")
 
 
-def quick_table(supernet: Supernet, error: Error, ties: Ties | None = None) -> Sensitivity:
-    """Measures the table that `front` uses: smoothed sparse tables of 3 bits and the largest bits.
-
-    It takes two passes for each layer's weights and activations.
-    """
-    bases = supernet.uniform(3), largest(supernet.candidates)
-    tables = [measure_sensitivity(supernet, error, b, sparse=True, ties=ties) for b in bases]
-    return pool_tables([table.smooth() for table in tables])
-
-
 def assignment(
     supernet: Supernet,
     error: Error,
@@ -273,9 +263,9 @@ def assignment(
     Returns the base, then the solution, then one step for each further round that lowers the error;
     the last step is the result. `error`: of a configuration, such as `batch_error`. `budget`:
     BitOPs per image. `size`: bytes of weights. `base`, `pairs`, `ties`: as in
-    `measure_sensitivity`, but None is `quick_table`, from two bases, if the table is smoothed and
-    has no pairs. `smooth`: solve the smoothed table, as `Sensitivity.smooth` says, or the
-    changes as measured. `rounds`: how often, at most, to measure the table again around the
+    `measure_sensitivity`, but None is `quick_table`, from the largest bits, if the table is
+    smoothed and has no pairs. `smooth`: solve the smoothed table, as `Sensitivity.smooth` says, or
+    the changes as measured. `rounds`: how often, at most, to measure the table again around the
     solution and change at most `radius` layers. `equal_bits`: as in `solve`. Raises ValueError as
     these do, and if the error of the solution is not finite.
     """
@@ -325,12 +315,12 @@ def front(
     ties: Ties | None = None,
     equal_bits: bool = False,
 ) -> list[Step]:
-    """Assigns bit-widths for each budget from one table; returns the best known step for each.
+    """Assigns bit-widths for each budget from one table; returns the solution for each.
 
     `budgets`: BitOPs per image. `table`: from `measure_sensitivity`, with the same `ties` if these
-    are given; None is `quick_table`. Each solution is evaluated once. A budget takes that with the
-    lowest error of all solutions within it, so that the error never rises with the budget. The
-    other parameters are as in `assignment`. Raises ValueError as `solve` does.
+    are given; None is `quick_table`. A step holds the solution of the integer program with its
+    error, which is measured once and chooses nothing. The other parameters are as in `assignment`.
+    Raises ValueError as `solve` does.
     """
     if isinstance(budgets, (str, Real)) or not (budgets := list(budgets)):
         raise ValueError(f"budgets={budgets!r} is not allowed: one or more BitOPs, such as [3e9]")
@@ -340,10 +330,7 @@ def front(
     if table is None:
         table = quick_table(supernet, error, ties)
     check_table(table, ties)
+    table.check(supernet)
     table = table.smooth() if smooth else table
-    known = []
-    for budget in budgets:
-        config = solve(supernet, table, budget, size=size, equal_bits=equal_bits)
-        known.append(Step(config, error(config), bitops(supernet.table, config)))
-    within = ([step for step in known if step.bitops <= budget] for budget in budgets)
-    return [min(steps, key=lambda step: step.error) for steps in within]
+    configs = [solve(supernet, table, b, size=size, equal_bits=equal_bits) for b in budgets]
+    return [Step(c, error(c), bitops(supernet.table, c)) for c in configs]

@@ -197,9 +197,7 @@ class BatchLogits:
             return in_float32(self.passes(config))
 
 
-def batch_error(
-    supernet: Supernet, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy
-) -> Error:
+def batch_error(supernet: Supernet, x: Tensor, y: Tensor, loss: Loss = F.cross_entropy) -> Error:
     """Returns the error that a search minimises: the loss on one batch of the search split.
 
     `x`: images (N, C, H, W). `y`: labels (N). `loss`: of logits (N, classes) and labels; the

@@ -6,7 +6,7 @@ import random
 import re
 import statistics
 from dataclasses import replace
-from math import inf, isclose, nan
+from math import inf, isclose, isfinite, nan
 
 import numpy
 import pandas as pd
@@ -18,9 +18,9 @@ from stand import SMALL_STANDS, STANDS, Stand, made_up_error
 
 from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops, model_size
-from mpqlib.search.assignment import assignment, front, silent_c_code, solve
+from mpqlib.search.assignment import assignment, front, quick_table, silent_c_code, solve
 from mpqlib.search.error import batch_error
-from mpqlib.search.sensitivity import PAIRS, Sensitivity, measure_sensitivity, pool_tables
+from mpqlib.search.sensitivity import PAIRS, Sensitivity, fit_changes, measure_sensitivity
 
 THREE = st.tuples(st.integers(1, 50), st.sampled_from([((2, 3),) * 2, ((2, 4), (2, 6))]))
 THREE_LAYERS = st.lists(THREE, min_size=3, max_size=3)
@@ -211,9 +211,9 @@ def test_front_solves_all_budgets_from_one_table(smooth):
     steps = front(stand, counted, iter(budgets), table, smooth=smooth)
     assert len(asked) <= len(budgets)
     used = table.smooth() if smooth else table
-    solved = {b: solve(stand, used, b) for b in budgets}
     for budget, step in zip(budgets, steps, strict=True):
-        assert step.error == min(error(solved[b]) for b in budgets if b <= budget)
+        # The program's solution, whatever errors other budgets have
+        assert step.config == solve(stand, used, budget)
         assert step.error == error(step.config)
         assert step.bitops == bitops(stand.table, step.config) <= budget
 
@@ -245,25 +245,93 @@ def test_smoothed_changes_follow_the_noise_of_rounding():
     assert solve(stand, noisy.smooth()) == largest(stand.candidates)
 
 
-def test_pooled_tables_are_exact_for_additive_errors_and_average_the_others():
-    stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
-    bases = [end(stand.candidates) for end in (smallest, largest)]
+def fit_literally(error, choices, base):
+    """Changes by the formula, in the plainest way. `error`: bits -> error, NaN where it fails."""
+    usable = [b for b in choices if isfinite(error(b))]
+    changes = {b: inf for b in choices}
+    if not usable:
+        return changes
+    added = {b: max(error(b) - error(base), 1e-9) for b in usable}
+    fewest = usable[0]
+    if len(usable) == 1:
+        return changes | added
+    apart = {b: abs(b - (fewest + 2)) for b in usable[1:]}
+    more = max(b for b in apart if apart[b] == min(apart.values()))
+    r = (added[fewest] / added[more]) ** (1 / (more - fewest))
+    r = 2 if r < 2 else 8 if r > 8 else r
+    return changes | {
+        b: added[fewest] / r ** (b - fewest) - added[fewest] / r ** (base - fewest) for b in usable
+    }
 
-    def additive(config):
-        return sum(1 / (i + w) + 1 / (2 * i + a) for i, (w, a) in enumerate(config.values()))
 
-    table = pool_tables([measure_sensitivity(stand, additive, base) for base in bases])
-    assert all(isclose(table.predict(c), additive(c)) for c in stand.every())
-    error = random_error(0)
-    low, high = (measure_sensitivity(stand, error, base) for base in bases)
-    config = bases[0].replace("l0", (3, 2))
-    from_high = error(bases[1].replace("l0", (3, 4))) - error(bases[1].replace("l0", (2, 4)))
-    mean = (error(config) - error(bases[0]) + from_high) / 2
-    assert isclose(pool_tables([low, high]).predict(config), error(bases[0]) + mean)
-    other = measure_sensitivity(Stand((9,), [((2, 3),) * 2]), error, BitConfig.of({"l0": (2, 2)}))
-    for tables, message in ([], "tables is empty"), ([low, other], "not of the same layers"):
-        with pytest.raises(ValueError, match=message):
-            pool_tables(tables)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sets(st.integers(2, 10), min_size=2, max_size=6),
+    st.lists(st.one_of(st.floats(-2, 5), st.floats(1e-12, 1e-6)), min_size=9, max_size=9),
+    st.sampled_from([(), (0,), (0, 1)]),
+)
+def test_curve_goes_through_the_fewest_bits_and_two_bits_more(bits, errors, failing):
+    *choices, base = sorted(bits)
+    errors = dict(zip(range(2, 11), errors, strict=True)) | {
+        choices[i]: inf for i in failing if i < len(choices)
+    }
+    asked = []
+
+    def measure(b):
+        asked.append(b)
+        return errors[b] - errors[base]
+
+    found = fit_changes(measure, choices, base)
+    expected = fit_literally(errors.__getitem__, choices, base)
+    assert set(found) == set(choices)
+    assert all(found[b] == expected[b] or isclose(found[b], expected[b]) for b in choices)
+    assert len(asked) <= 2 + sum(errors[b] == inf for b in choices)
+
+
+@pytest.mark.parametrize("ties", [(), (("l0", "l1"),)])
+def test_default_table_measures_two_changes_of_each_bit_width_from_the_largest_bits(ties):
+    offered = [((2, 3, 4, 5, 6),) * 2, ((3, 4, 6), (2, 3, 4, 5, 6)), ((8,), (2, 4))]
+    stand, asked, error = Stand((9, 4, 6), offered), [], made_up_error(3)
+
+    def counted(config):
+        asked.append(config)
+        return error(config)
+
+    table, base = quick_table(stand, counted, ties), largest(stand.candidates)
+    assert table.base == base and table.error == error(base) and table.ties == ties
+    followers = sum(len(group) - 1 for group in ties)
+    assert len(asked) == len(set(asked)) == 1 + 2 * (4 - followers) + 1
+    assert table.candidates == stand.candidates
+    group_of = {name: group for group in ties for name in group}
+    for name, (part, place) in itertools.product(base, [("weight", 0), ("act", 1)]):
+        members = group_of.get(name, [name]) if part == "act" else [name]
+
+        def after(bits, members=members, place=place):
+            pairs = {n: list(pair) for n, pair in base.items()}
+            for member in members:
+                pairs[member][place] = bits
+            return error(BitConfig.of(pairs))
+
+        *choices, most = stand.candidates[name][place]
+        expected = fit_literally(after, choices, most)
+        rows = table.to_frame().query("layer == @name and part == @part and bits != base_bits")
+        found = dict(zip(rows["bits"], rows["change"], strict=True))
+        assert found.keys() == expected.keys()
+        assert all(isclose(found[b], expected[b], rel_tol=1e-9) for b in choices)
+
+
+def test_stored_default_table_gives_the_policies_of_a_fresh_one(tmp_path):
+    stand = Stand((9, 4, 6), [((2, 3, 4, 5, 6),) * 2, ((3, 4, 6),) * 2, ((8,), (8,))])
+    error = made_up_error(0)
+    table = quick_table(stand, error)
+    table.save(file := tmp_path / "sensitivity.csv")
+    loaded = Sensitivity.load(file)
+    assert loaded == table and loaded.smoothed
+    assert loaded.smooth() == table  # it is a curve already
+    budgets = [460, 500, 600, 700]
+    assert front(stand, error, budgets, loaded) == front(stand, error, budgets)
+    old = table.to_frame().drop(columns="smoothed")  # as earlier versions wrote it
+    assert not Sensitivity.from_frame(old).smoothed
 
 
 def test_no_choice_leads_to_an_error_that_is_not_finite():
@@ -317,35 +385,12 @@ def test_table_comes_back_from_its_file(tmp_path, pairs, ties):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_sparse_table_measures_the_noisiest_change_and_comes_back_from_its_file(tmp_path):
-    stand, asked = Stand((9, 4, 6), [((2, 3, 4),) * 2, ((3, 4, 6),) * 2, ((8,), (8,))]), []
-
-    def error(config):
-        asked.append(config)
-        return sum(4.0**-w + 2 * 4.0**-a for w, a in config.values())
-
-    base = BitConfig.of({"l0": (3, 3), "l1": (3, 4), "l2": (8, 8)})
-    sparse = measure_sensitivity(stand, error, base, sparse=True)
-    assert len(asked) == 1 + 4
-    rows = sparse.to_frame().query("bits != base_bits").dropna(subset="error")
-    measured = set(rows[["layer", "part", "bits"]].itertuples(index=False, name=None))
-    expected = {("l0", "weight", 2), ("l0", "act", 2), ("l1", "weight", 6), ("l1", "act", 3)}
-    assert measured == expected
-    smooth = sparse.smooth()
-    assert all(isclose(smooth.predict(c), error(c)) for c in stand.every())
-    sparse.save(file := tmp_path / "sensitivity.csv")
-    assert Sensitivity.load(file).to_frame().equals(sparse.to_frame())
-    assert Sensitivity.load(file).smooth() == smooth
-
-
-def test_a_table_with_errors_that_were_not_measured_is_not_solved():
+def test_a_table_with_an_error_that_is_not_a_number_is_not_solved():
     stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
-    sparse = measure_sensitivity(stand, made_up_error(0), sparse=True)
-    for call in (
-        lambda: solve(stand, sparse),
-        lambda: front(stand, made_up_error(0), [1e9], sparse, smooth=False),
-    ):
-        with pytest.raises(ValueError, match=r"not measured \(sparse=True\): use its smooth"):
+    table = measure_sensitivity(stand, made_up_error(0))
+    table = replace(table, errors=table.errors | {next(iter(table.errors)): nan})
+    for call in (lambda: solve(stand, table), lambda: front(stand, made_up_error(0), [1e9], table)):
+        with pytest.raises(ValueError, match="table holds NaN: measure it again"):
             call()
 
 
@@ -461,7 +506,6 @@ def test_what_is_not_allowed_is_named():
     table = measure_sensitivity(stand, error, base)
     for arguments, message in [
         ((base, dict(pairs="all")), "pairs='all' is not allowed: one of"),
-        ((base, dict(pairs="layers", sparse=True)), "sparse=True with pairs='layers'"),
         ((uneven.replace("l0", (5, 5)), {}), "base.'l0'. is not allowed|base.'l0'.=Bits"),
         ((uneven, dict(ties=[("l0", "l1")])), "tied layers have different bits"),
         ((base, dict(ties=[("l0", "l9")])), "name no layer of this network: .'l9'"),
@@ -491,7 +535,7 @@ def test_assignment_searches_a_supernet(supernet):
     error = batch_error(supernet, *images(32, seed=2).tensors)
     budget = (bitops(supernet.table, supernet.uniform(3)) + 1) // 1
     path = assignment(supernet, error, budget, rounds=1)
-    assert path[0].config == supernet.uniform(3)
+    assert path[0].config == largest(supernet.candidates)
     assert path[-1].bitops <= budget and path[-1].error == error(path[-1].config)
     size = model_size(supernet.table, supernet.uniform(2)) * 1.2
     found = assignment(supernet, error, size=size, equal_bits=True)[-1].config
