@@ -23,6 +23,7 @@ from .limits import check_count, check_limits, describe_costs, used_share
 from .moves import Step
 from .sensitivity import Sensitivity, Ties, measure_sensitivity, quick_table
 
+LARGEST_COST = 1e6  # that the solver sees: it ends within 1e-6 of the lowest sum
 OUTPUT = Lock()  # two threads must not redirect the standard output at the same time
 
 
@@ -55,6 +56,7 @@ class Program:
     def __init__(self):
         self.costs: list[float] = []
         self.binary: list[bool] = []
+        self.groups: list[list[int]] = []  # one variable of each group is 1
         self.rows: list[tuple[Mapping[int, float], float, float]] = []
 
     def add_variable(self, cost: float = 0.0, binary: bool = False) -> int:
@@ -70,18 +72,43 @@ class Program:
         scaled = {index: value / scale for index, value in terms.items()}
         self.rows.append((scaled, low / scale, high / scale))
 
+    def add_group(self, variables: Iterable[int]) -> None:
+        """Demands that exactly one of `variables` is 1."""
+        self.groups.append(list(variables))
+        self.add_row(dict.fromkeys(self.groups[-1], 1.0), 1, 1)
+
     def minimise(self) -> np.ndarray | None:
-        """Returns the variables with the smallest sum of cost x variable, or None if none fit."""
+        """Returns the variables with the smallest sum of cost x variable, or None if none fit.
+
+        The solver's tolerances are absolute, so that huge costs would hide small ones. The lowest
+        cost of each group is subtracted from all of it. Then the best solution holds no variable
+        that alone costs more than some whole solution: these are left out, and the rest is solved
+        again. All variables with a cost are in groups.
+        """
+        costs = np.zeros(len(self.costs))
+        for group in self.groups:
+            own = np.array([self.costs[i] for i in group])
+            costs[group] = own - own.min()
+        most = costs.max()
+        while (found := self._minimise(costs, most)) is not None:
+            total = costs @ found.round()
+            remaining = costs[costs <= total].max()
+            if most <= 1000 * remaining or most == 0:
+                return found
+            most = remaining
+        return None
+
+    def _minimise(self, costs: np.ndarray, most: float) -> np.ndarray | None:
+        """Solves the program without the variables that cost more than `most`."""
         entries = [(i, j, v) for i, (row, _, _) in enumerate(self.rows) for j, v in row.items()]
         i, j, values = zip(*entries, strict=True)
         shape = len(self.rows), len(self.costs)
         low, high = zip(*((low, high) for _, low, high in self.rows), strict=True)
         limits = LinearConstraint(csr_array((values, (i, j)), shape), low, high)
-        costs = np.array(self.costs) / (max(map(abs, self.costs)) or 1)
-        options = {"mip_rel_gap": 0}
-        how = dict(integrality=self.binary, bounds=Bounds(0, 1), constraints=limits)
+        scaled = np.minimum(costs, most) * (LARGEST_COST / (most or 1))
+        how = dict(integrality=self.binary, bounds=Bounds(0, costs <= most), constraints=limits)
         with silent_c_code():
-            found = milp(costs, **how, options=options)
+            found = milp(scaled, **how, options={"mip_rel_gap": 0})
         if found.status not in (0, 2):  # 2: infeasible
             raise RuntimeError(f"the integer program was not solved: {found.message}")
         return found.x
@@ -129,7 +156,7 @@ def add_choices(program: Program, table: Sensitivity, equal_bits: bool) -> Choic
         if not choices[name]:
             demanded = "no bits that weights and activations share" if equal_bits else "no bits"
             raise ValueError(f"layer {name!r} has {demanded} with a finite error: {candidates}")
-        program.add_row(_sum(*choices[name].values()), 1, 1)
+        program.add_group(choices[name].values())
     return choices
 
 
@@ -193,6 +220,7 @@ def add_interactions(program: Program, table: Sensitivity, choices: Choices) -> 
             for pair in product(chosen[one], chosen[other])
             if isfinite(effect := effects.get(pair, 0.0))
         }
+        program.add_group(both.values())
         for side, place in enumerate((one, other)):
             for bits, indices in chosen[place].items():
                 products = [index for pair, index in both.items() if pair[side] == bits]

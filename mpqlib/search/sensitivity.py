@@ -7,7 +7,7 @@ from functools import cache, cached_property
 from itertools import pairwise, product
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
-from statistics import mean
+from statistics import median
 
 import pandas as pd
 from pandas.errors import EmptyDataError, ParserError
@@ -24,7 +24,7 @@ _COLUMNS = ["layer", "part", "base_bits", "bits", "error", "change", "base_error
 _ABOUT = ["smoothed"]  # of the whole table; files of earlier versions lack it
 _OTHER = ["other_layer", "other_part", "other_base_bits", "other_bits"]  # of a pair of changes
 
-# The least slope of a smoothed table, as a share of the mean slope: more bits never harm.
+# The least slope of a smoothed table, as a share of the median slope: more bits never harm.
 LEAST_SLOPE = 0.1
 
 # Of `quick_table`: the least change of an error, and what a bit more can divide a change by. The
@@ -96,17 +96,19 @@ class Sensitivity:
         A table that is smoothed already is returned as it is. Changes are slope x (4^-bits -
         4^-base bits): the power of rounding noise falls by four for each bit, and a small noise
         adds to the loss in proportion. The slope of each layer's weights and activations is fitted
-        by least squares to their finite changes, and is at least LEAST_SLOPE of the mean size of
+        by least squares to their finite changes, and is at least LEAST_SLOPE of the median size of
         all slopes. On a small batch most changes are smaller than their noise; a solver would pick
         the luckiest ones. Interactions stay as measured.
         """
         if self.smoothed:
             return self
-        slopes = {place: self._fit_slope(*place) for place, _ in _places(self.base)}
-        least = LEAST_SLOPE * mean(map(abs, slopes.values()))
+        fitted = {place: self._fit_slope(*place) for place, _ in _places(self.base)}
+        slopes = {place: slope for place, slope in fitted.items() if slope is not None}
+        # A single huge slope, of a layer that fails, would lift a mean above all others.
+        least = LEAST_SLOPE * median(map(abs, slopes.values())) if slopes else 0.0
 
         def smooth_change(move: Move) -> float:
-            slope = max(slopes[move.layer, move.part], least)
+            slope = max(slopes.get((move.layer, move.part), 0.0), least)
             return inf if self.change(move) == inf else slope * _added_noise(move)
 
         errors = {
@@ -117,12 +119,12 @@ class Sensitivity:
         }
         return replace(self, errors=errors, smoothed=True)
 
-    def _fit_slope(self, layer: str, part: str) -> float:
-        """Change of the error for each unit of rounding noise, by least squares; 0 if unknown."""
+    def _fit_slope(self, layer: str, part: str) -> float | None:
+        """Change of the error for each unit of rounding noise, by least squares, if known."""
         moves = [ms[0] for ms in self.errors if len(ms) == 1 and ms[0][:2] == (layer, part)]
         points = [(_added_noise(m), self.change(m)) for m in moves if isfinite(self.change(m))]
         power = sum(noise**2 for noise, _ in points)
-        return sum(noise * change for noise, change in points) / power if points else 0.0
+        return sum(noise * change for noise, change in points) / power if points else None
 
     @cached_property
     def candidates(self) -> dict[str, Candidates]:
