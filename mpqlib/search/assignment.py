@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from math import gcd, inf, isfinite
-from numbers import Real
 from threading import Lock
 
 import numpy as np
@@ -19,7 +18,7 @@ from ..network.bits import BitConfig, Bits, check_config
 from ..network.cost import bitops, layer_bitops
 from ..network.supernet import Supernet
 from .error import Error, without_nan
-from .limits import check_count, check_limits, describe_costs, used_share
+from .limits import check_choices, check_count, check_limits, describe_costs, used_share
 from .moves import Step
 from .sensitivity import Sensitivity, Ties, measure_sensitivity, quick_table
 
@@ -243,10 +242,11 @@ def solve(
     The predicted error is `table.predict`. `budget`: BitOPs per image. `size`: bytes of weights.
     `equal_bits`: weights and activations of a layer have the same bits. `near`, `radius`: change at
     most `radius` layers of the configuration `near`. Layers that the table ties share their
-    activation bits. Raises ValueError if the table is of another network, for a value that is not
-    allowed, and if no configuration is within the limits.
+    activation bits. Raises ValueError if the table is of another network or of other weights, for a
+    value that is not allowed, and if no configuration is within the limits.
     """
     check_limits(supernet, budget, size)
+    check_choices(equal_bits=equal_bits)
     table.check(supernet)
     program = Program()
     choices = add_choices(program, table, equal_bits)
@@ -299,6 +299,7 @@ def assignment(
     """
     check_count("rounds", rounds, 0)
     check_limits(supernet, budget, size)
+    check_choices(smooth=smooth, equal_bits=equal_bits)
     error = cache(without_nan(error))
 
     def measure(base: BitConfig | None) -> Sensitivity:
@@ -322,6 +323,17 @@ def assignment(
             break
         path.append(found)
     return path
+
+
+def check_budgets(budgets: Iterable[float]) -> list[float]:
+    """Returns the budgets as a list. Raises ValueError if they are no numbers one after another."""
+    try:
+        listed = [] if isinstance(budgets, str) else list(budgets)
+    except TypeError:  # a single number, of Python, numpy or torch
+        listed = []
+    if not listed:
+        raise ValueError(f"budgets={budgets!r} is not allowed: one or more BitOPs, such as [3e9]")
+    return listed
 
 
 def check_table(table: Sensitivity, ties: Ties | None) -> None:
@@ -350,15 +362,14 @@ def front(
     error, which is measured once and chooses nothing. The other parameters are as in `assignment`.
     Raises ValueError as `solve` does.
     """
-    if isinstance(budgets, (str, Real)) or not (budgets := list(budgets)):
-        raise ValueError(f"budgets={budgets!r} is not allowed: one or more BitOPs, such as [3e9]")
+    budgets = check_budgets(budgets)
     for budget in budgets:
         check_limits(supernet, budget, size)
+    check_choices(smooth=smooth)
     error = cache(without_nan(error))
     if table is None:
         table = quick_table(supernet, error, ties)
     check_table(table, ties)
-    table.check(supernet)
     table = table.smooth() if smooth else table
     configs = [solve(supernet, table, b, size=size, equal_bits=equal_bits) for b in budgets]
     return [Step(c, error(c), bitops(supernet.table, c)) for c in configs]

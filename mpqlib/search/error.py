@@ -1,22 +1,26 @@
 """The error that a search minimises, and passes that recompute only what a change affects."""
 
+import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from math import inf, isfinite
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..network.bits import BitConfig, Bits, largest
-from ..network.layers import QuantConvBN, QuantLinear
+from ..network.layers import QuantLinear
 from ..network.observation import eval_mode
 from ..network.supernet import Supernet, check_supernet
 from ..network.tracing import Tracer
 from ..training.evaluation import batch_norms, batch_statistics, check_statistics
 from ..training.step import check_labels, check_logits, in_float32
 
+# Of a configuration. It can have an attribute `images`, the tensor (N, C, H, W) that it reads.
 Error = Callable[[BitConfig], float]
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (N, classes), and labels or other logits
 
@@ -29,6 +33,7 @@ def without_nan(error: Error) -> Error:
     So a search never prefers a configuration whose error is not a finite number.
     """
 
+    @wraps(error)  # keeps the attribute `images`
     def finite_or_infinite(config: BitConfig) -> float:
         value = float(error(config))
         return value if isfinite(value) else inf
@@ -98,7 +103,8 @@ class Incremental(fx.Interpreter):
 
     def refresh(self) -> None:
         """Drops all outputs if the images or what the network computes with have changed."""
-        tensors = [self.x, *_read_tensors(self.supernet)]
+        statistics = [b for norm in batch_norms(self.supernet) for b in norm.buffers()]
+        tensors = [self.x, *network_tensors(self.supernet), *statistics]
         state = [(t.data_ptr(), t.dtype, t.shape, *_versions(t)) for t in tensors]
         if state != self.state:
             self.env, self.last = {}, {}
@@ -132,17 +138,24 @@ class Incremental(fx.Interpreter):
         return fx.node.map_arg(node.args, fetch), fx.node.map_arg(node.kwargs, fetch)
 
 
-def _read_tensors(supernet: Supernet) -> Iterator[Tensor]:
-    """Yields the tensors that the network computes with.
+def network_tensors(supernet: Supernet) -> Iterator[Tensor]:
+    """Yields the tensors that the network computes with, except statistics of batch norms.
 
-    Not those that a pass itself writes over: the present bits, and statistics in banks.
+    The present bits, which every pass writes over, are no such tensors.
     """
     yield from supernet.parameters()
-    modules = list(supernet.modules())
-    banks = {layer.bank for layer in modules if isinstance(layer, QuantConvBN)}
-    for module in modules:
-        if not isinstance(module, QuantLinear) and module not in banks:
+    for module in supernet.modules():
+        if not isinstance(module, (QuantLinear, _BatchNorm)):
             yield from module.buffers(recurse=False)
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of all values, in their own types."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(values.numpy())
+    return digest.hexdigest()[:16]
 
 
 def _versions(value: object) -> list[int]:
@@ -218,6 +231,7 @@ def batch_error(supernet: Supernet, x: Tensor, y: Tensor, loss: Loss = F.cross_e
             check_labels(outputs, y)
         return float(loss(outputs, y))
 
+    error.images = logits.x
     return error
 
 
@@ -237,6 +251,7 @@ def reference_error(logits: BatchLogits, reference: Callable[[], Tensor], loss: 
             state, target = logits.state, reference()
         return float(loss(outputs, target))
 
+    error.images = logits.x
     return error
 
 

@@ -18,7 +18,7 @@ from ..network.quantizer import Quantizer
 from ..network.supernet import Supernet, tied_inputs
 from ..training.evaluation import check_statistics
 from ..training.step import check_labels, in_float32
-from .error import BatchLogits, Error, reference_error
+from .error import BatchLogits, Error, hash_tensors, network_tensors, reference_error
 from .limits import check_count, check_limits
 from .moves import BIT_WIDTHS, Move
 from .sensitivity import Sensitivity, Ties
@@ -95,7 +95,8 @@ def rate_bits(supernet: Supernet, rating: Rating) -> Sensitivity:
                 if bits != now:
                     change = sum(rating(n, part, bits) - rating(n, part, now) for n in group)
                     errors[(Move(name, part, now, bits),)] = total + change
-    return Sensitivity(base, total, errors, ties)
+    network = hash_tensors(network_tensors(supernet))
+    return Sensitivity(base, total, errors, ties, network=network)
 
 
 def hessian_traces(
@@ -113,6 +114,7 @@ def hessian_traces(
     """
     check_statistics(supernet, None)
     check_count("probes", probes, 1)
+    check_count("batch_size", batch_size, 1)
     if frozen := [n for n, c in supernet.layers.items() if not c.op.weight.requires_grad]:
         raise ValueError(f"the weights of {frozen} require no gradient: the Hessian needs it")
     weights = {name: layer.op.weight for name, layer in supernet.layers.items()}

@@ -16,12 +16,12 @@ from ..files import save_atomically
 from ..network.bits import BitConfig, Candidates, check_config, largest
 from ..network.quantizer import TERNARY
 from ..network.supernet import Supernet, tied_inputs
-from .error import Error, without_nan
+from .error import Error, hash_tensors, network_tensors, without_nan
 from .moves import BIT_WIDTHS, Move, apply_moves
 
 PAIRS = ("none", "layers", "neighbours")
 _COLUMNS = ["layer", "part", "base_bits", "bits", "error", "change", "base_error", "input_of"]
-_ABOUT = ["smoothed"]  # of the whole table; files of earlier versions lack it
+_ABOUT = ["smoothed", "network", "images"]  # of the whole table; files of earlier versions lack it
 _OTHER = ["other_layer", "other_part", "other_base_bits", "other_bits"]  # of a pair of changes
 
 # The least slope of a smoothed table, as a share of the median slope: more bits never harm.
@@ -51,7 +51,9 @@ class Sensitivity:
     after those changes of two that were measured, in the network's order; infinite where the error
     is not a finite number. `ties`: groups of layers that share their activation bits. A change of
     one such layer changes all of its group. `smoothed`: a curve gives the changes, by `smooth` or
-    `quick_table`.
+    `quick_table`. `network`: hash of the weights and step sizes that it was measured with.
+    `images`: hash of the images, if the error names them. A hash is "" if it is unknown, as in a
+    table made by hand.
     """
 
     base: BitConfig
@@ -59,6 +61,8 @@ class Sensitivity:
     errors: Mapping[tuple[Move, ...], float]
     ties: tuple[tuple[str, ...], ...] = ()
     smoothed: bool = False
+    network: str = ""
+    images: str = ""
 
     def change(self, *moves: Move) -> float:
         """Error after the moves, minus the error of the base."""
@@ -109,7 +113,8 @@ class Sensitivity:
 
         def smooth_change(move: Move) -> float:
             slope = max(slopes.get((move.layer, move.part), 0.0), least)
-            return inf if self.change(move) == inf else slope * _added_noise(move)
+            change = self.change(move)
+            return slope * _added_noise(move) if isfinite(change) else change
 
         errors = {
             moves: self.error
@@ -142,6 +147,8 @@ class Sensitivity:
         """Raises ValueError unless the table is complete, and of the network `supernet`.
 
         It must have the layers and candidates of the supernet, and tie all layers that it ties.
+        Weights and step sizes must be those that it was measured with, if it knows them. Statistics
+        of batch norms may differ.
         """
         check_config("base", self.base, supernet.candidates)
         for name, own in self.candidates.items():
@@ -158,6 +165,11 @@ class Sensitivity:
                 )
         if any(map(isnan, self.errors.values())):
             raise ValueError("the sensitivity table holds NaN: measure it again")
+        if self.network and self.network != hash_tensors(network_tensors(supernet)):
+            raise ValueError(
+                "the sensitivity table was measured with other weights or step sizes than the "
+                "supernet has: measure it again"
+            )
 
     def to_frame(self) -> pd.DataFrame:
         """One row for each candidate of each bit-width, the base's included, then the pairs."""
@@ -176,7 +188,8 @@ class Sensitivity:
             )
         table["change"] = table["error"] - self.error
         table["base_error"] = self.error
-        table["smoothed"] = self.smoothed
+        for name in _ABOUT:
+            table[name] = getattr(self, name)
         follows = [self.input_of.get(n) for n in table["layer"]]
         is_act = table["part"] == "act"
         table["input_of"] = pd.Series(follows, index=table.index, dtype=object).where(is_act, None)
@@ -190,6 +203,7 @@ class Sensitivity:
         if table.empty:
             raise ValueError("there is no row")
         _check_columns(table)
+        _check_about(table)
         error = float(table["base_error"].iloc[0])
         paired = table["other_layer"].notna() if "other_layer" in table else table["layer"].isna()
         errors, base = {}, {}
@@ -219,8 +233,9 @@ class Sensitivity:
         for name, first in follows.itertuples(index=False):
             groups.setdefault(first, [first]).append(name)
         ties = check_ties([groups[first] for first in groups], base)
-        smoothed = "smoothed" in table and bool(table["smoothed"].iloc[0])
-        return cls(base, error, errors, ties, smoothed)
+        first = table.iloc[0]
+        about = {name: first[name] for name in _ABOUT if name in table and pd.notna(first[name])}
+        return cls(base, error, errors, ties, **about)
 
     def save(self, path: str | Path) -> None:
         """Writes the table as a csv file, atomically."""
@@ -236,8 +251,10 @@ class Sensitivity:
                 ("base_bits", "bits", "error", "change", "base_error"),
                 lambda text: float(text or nan),
             )
-            names = dict.fromkeys(("layer", "part", "input_of", "other_layer", "other_part"), str)
-            return cls.from_frame(pd.read_csv(path, converters=exactly, dtype=names))
+            names = ("layer", "part", "input_of", "other_layer", "other_part", "network", "images")
+            return cls.from_frame(
+                pd.read_csv(path, converters=exactly, dtype=dict.fromkeys(names, str))
+            )
         except (ValueError, EmptyDataError, ParserError) as error:
             raise ValueError(
                 f"{path} is no sensitivity table ({error}): measure it again"
@@ -284,6 +301,15 @@ def _check_columns(table: pd.DataFrame) -> None:
     at_base = table["bits"] == table["base_bits"]
     if not (table.loc[at_base, "error"] == base.iloc[0]).all():
         raise ValueError("the error of a row without a change is not 'base_error'")
+
+
+def _check_about(table: pd.DataFrame) -> None:
+    """Raises ValueError if a column about the whole table holds several values or wrong ones."""
+    for name in _ABOUT:
+        if name in table and table[name].nunique(dropna=False) != 1:
+            raise ValueError(f"column {name!r} holds more than one value")
+    if "smoothed" in table and table["smoothed"].dtype != bool:
+        raise ValueError("column 'smoothed' holds something else than True or False")
 
 
 def _check_pairs(table: pd.DataFrame) -> None:
@@ -357,13 +383,19 @@ def _changes(
 class _Measurement:
     """Errors of a network after changes of a base: what measuring a table needs.
 
-    Raises ValueError for ties that are not allowed, and if the error of the base is not finite.
+    `about`: what the table stores of the network and the images. Raises ValueError for ties that
+    are not allowed, and if the error of the base is not finite.
     """
 
     def __init__(self, supernet: Supernet, error: Error, base: BitConfig, ties: Ties | None):
         self.base, self.candidates = base, supernet.candidates
         self.ties = check_ties(tied_inputs(supernet.table) if ties is None else ties, base)
         self.group_of = {name: group for group in self.ties for name in group}
+        images = getattr(error, "images", None)  # an error of one's own need not name them
+        self.about = {
+            "network": hash_tensors(network_tensors(supernet)),
+            "images": "" if images is None else hash_tensors([images]),
+        }
         self.error = cache(without_nan(error))
         self.at_base = self.error(base)
         if self.at_base == inf:
@@ -406,7 +438,7 @@ def measure_sensitivity(
     backwards = sorted(changes, key=lambda moves: -names.index(moves[0].layer))
     measured = {moves: measurement.after(*moves) for moves in backwards}
     errors = {moves: measured[moves] for moves in changes}
-    return Sensitivity(base, measurement.at_base, errors, measurement.ties)
+    return Sensitivity(base, measurement.at_base, errors, measurement.ties, **measurement.about)
 
 
 def quick_table(supernet: Supernet, error: Error, ties: Ties | None = None) -> Sensitivity:
@@ -428,7 +460,9 @@ def quick_table(supernet: Supernet, error: Error, ties: Ties | None = None) -> S
         for bits, added in fit_changes(change, list(moves), now).items():
             measured[(moves[bits],)] = measurement.at_base + added
     errors = {moves: measured[moves] for moves in _changes(base, supernet.candidates, "none")}
-    return Sensitivity(base, measurement.at_base, errors, measurement.ties, smoothed=True)
+    return Sensitivity(
+        base, measurement.at_base, errors, measurement.ties, True, **measurement.about
+    )
 
 
 def fit_changes(

@@ -1,16 +1,19 @@
 """The integer program against all configurations there are; the table, its file and its limits."""
 
+import copy
 import ctypes
 import itertools
 import random
 import re
 import statistics
 from dataclasses import replace
+from functools import cache, partial
 from math import inf, isclose, isfinite, nan
 
 import numpy
 import pandas as pd
 import pytest
+import torch
 from conftest import images
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -19,8 +22,10 @@ from stand import SMALL_STANDS, STANDS, Stand, made_up_error
 from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops, model_size
 from mpqlib.search.assignment import assignment, front, quick_table, silent_c_code, solve
-from mpqlib.search.error import batch_error
+from mpqlib.search.error import batch_error, kl_error
 from mpqlib.search.sensitivity import PAIRS, Sensitivity, fit_changes, measure_sensitivity
+from mpqlib.training.calibration import fit_steps
+from mpqlib.training.evaluation import evaluate, recalibrate
 
 THREE = st.tuples(st.integers(1, 50), st.sampled_from([((2, 3),) * 2, ((2, 4), (2, 6))]))
 THREE_LAYERS = st.lists(THREE, min_size=3, max_size=3)
@@ -370,8 +375,60 @@ def test_stored_default_table_gives_the_policies_of_a_fresh_one(tmp_path):
     assert loaded.smooth() == table  # it is a curve already
     budgets = [460, 500, 600, 700]
     assert front(stand, error, budgets, loaded) == front(stand, error, budgets)
-    old = table.to_frame().drop(columns="smoothed")  # as earlier versions wrote it
-    assert not Sensitivity.from_frame(old).smoothed
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    table = table_of()
+    old = table.to_frame().drop(columns=["smoothed", "network", "images"])
+    old.to_csv(file := tmp_path / "sensitivity.csv", index=False)
+    assert Sensitivity.load(file) == replace(table, network="", images="")
+
+
+def change_weights(supernet):
+    with torch.no_grad():
+        supernet.layers["pointwise"].op.weight[0, 0] += 0.01
+
+
+def change_steps(supernet):
+    fit_steps(supernet, images(16).tensors[0])
+
+
+@pytest.mark.parametrize("measure", [quick_table, measure_sensitivity])
+@pytest.mark.parametrize("change", [change_weights, change_steps])
+def test_a_table_of_other_weights_or_steps_is_refused(tmp_path, supernet, measure, change):
+    x, y = images(16).tensors
+    error, budget = batch_error(supernet, x, y), bitops(supernet.table, supernet.uniform(3))
+    measure(supernet, error).save(file := tmp_path / "sensitivity.csv")
+    table = Sensitivity.load(file)
+    found = front(supernet, error, [budget], table)
+    # Other statistics, another layout and a copy are the same network.
+    recalibrate(supernet, images(32), found[0].config)
+    evaluate(supernet, images(8), found[0].config)
+    assert front(copy.deepcopy(supernet), error, [budget], table) == found
+    change(supernet)
+    for call in (
+        lambda: solve(supernet, table.smooth(), budget),
+        lambda: front(supernet, error, [budget], table),
+    ):
+        with pytest.raises(ValueError, match="measured with other weights or step sizes"):
+            call()
+    by_hand = replace(table, network="")
+    assert bitops(supernet.table, solve(supernet, by_hand, budget)) <= budget
+
+
+def test_a_table_tells_on_which_images_it_was_measured(supernet):
+    x, y = images(16).tensors
+    tables = [
+        measure_sensitivity(supernet, error)
+        for error in (
+            batch_error(supernet, x, y),
+            cache(kl_error(supernet, x.clone())),
+            batch_error(supernet, x + 1, y),
+            lambda config: sum(map(sum, config.values())),
+        )
+    ]
+    first, same, other, unknown = (table.images for table in tables)
+    assert first == same and len({first, other, unknown}) == 3 and unknown == ""
 
 
 def test_no_choice_leads_to_an_error_that_is_not_finite():
@@ -509,6 +566,11 @@ def damage(**columns):
         (damage(bits=2), "contradict"),
         (damage(layer=None), "column 'layer' has empty entries"),
         (damage(input_of="l7"), "ties"),
+        (damage(network="0" * 16), "'network' holds more than one value"),
+        (
+            lambda table, path: table.assign(smoothed="perhaps").to_csv(path, index=False),
+            "'smoothed' holds something else than True or False",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, write, message):
@@ -559,16 +621,37 @@ def test_what_is_not_allowed_is_named():
         (dict(equal_bits=True), "layer 'l1' has no bits that weights and activations share"),
         (dict(near=base), "radius=None is not allowed"),
         (dict(near=base, radius=-1), "radius=-1 is not allowed"),
+        (dict(radius=True, near=base), "radius=True is not allowed"),
+        (dict(equal_bits=1), "equal_bits=1 is not allowed: True or False"),
+        (dict(budget=True), "budget=True is not allowed"),
     ]:
         with pytest.raises(ValueError, match=message):
             solve(stand, table, **options)
-    for budgets in ([], 3e9, "3e9"):
+    for options in (dict(smooth=1), dict(equal_bits="yes")):
+        for search in (assignment, partial(front, budgets=[1e9])):
+            with pytest.raises(ValueError, match=r"=.* is not allowed: True or False"):
+                search(stand, error, **options)
+    for budgets in ([], 3e9, "3e9", None, numpy.array(3e9), numpy.float64(3e9), torch.tensor(3e9)):
         with pytest.raises(ValueError, match=r"budgets=.* is not allowed: one or more BitOPs"):
             front(stand, error, budgets)
     with pytest.raises(ValueError, match=r"table='a.csv' is no Sensitivity: read a file by"):
         front(stand, error, [3e9], "a.csv")
     with pytest.raises(ValueError, match="rounds=-1 is not allowed"):
         assignment(stand, error, base=base, rounds=-1)
+
+
+@pytest.mark.parametrize("budgets", [numpy.array([300.0, 400.0]), torch.tensor([300.0]).tolist()])
+def test_budgets_come_from_numpy_too(budgets):
+    stand, error = Stand((9, 4, 6), [((2, 3, 4),) * 2] * 3), made_up_error(0)
+    assert front(stand, error, budgets) == front(stand, error, list(map(float, budgets)))
+
+
+def test_a_refused_limit_is_written_with_all_digits():
+    stand = Stand((4434567, 1), [((1,), (1,))] * 2)
+    with pytest.raises(ValueError, match=r"budget=4434567\.5 .* at least 4434568 "):
+        front(stand, made_up_error(0), [4434567.5])
+    with pytest.raises(ValueError, match=r"budget=4434567\.5 .* at least 4434568 "):
+        front(stand, made_up_error(0), [numpy.float64(4434567.5)])
 
 
 def test_assignment_searches_a_supernet(supernet):
