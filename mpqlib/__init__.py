@@ -8,7 +8,7 @@ from .network.supernet import Supernet
 from .report import plots, runs
 from .report.policy import load_policy, save_policy
 from .search.assignment import assignment, front, quick_table
-from .search.error import batch_error
+from .search.error import batch_error, kl_error
 from .search.greedy import greedy
 from .search.sensitivity import Sensitivity, measure_sensitivity
 from .studies.adapters import load_adapted, save_adapted
@@ -36,6 +36,7 @@ __all__ = [
     "fit_steps",
     "front",
     "greedy",
+    "kl_error",
     "largest",
     "load_adapted",
     "load_policy",

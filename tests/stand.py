@@ -18,6 +18,12 @@ class Stand:
         self.table = [LayerInfo(f"l{i}", m, m, False, c) for i, (m, c) in enumerate(rows)]
         self.candidates = {info.name: info.candidates for info in self.table}
 
+    def parameters(self):
+        """It has no weights."""
+        return ()
+
+    modules = parameters
+
     def uniform(self, bits):
         """Every layer at `bits`, or at its nearest candidate."""
         return BitConfig.of(

@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from math import gcd, inf, isfinite
-from numbers import Real
 from threading import Lock
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from ..network.bits import BitConfig, Bits, check_config, largest
+from ..network.bits import BitConfig, Bits, check_config
 from ..network.cost import bitops, layer_bitops
 from ..network.supernet import Supernet
 from .error import Error, without_nan
-from .limits import check_count, check_limits, describe_costs, used_share
+from .limits import check_choices, check_count, check_limits, describe_costs, used_share
 from .moves import Step
-from .sensitivity import Sensitivity, Ties, measure_sensitivity, pool_tables
+from .sensitivity import Sensitivity, Ties, measure_sensitivity, quick_table
 
+LARGEST_COST = 1e6  # that the solver sees: it ends within 1e-6 of the lowest sum
 OUTPUT = Lock()  # two threads must not redirect the standard output at the same time
 
 
@@ -55,6 +55,7 @@ class Program:
     def __init__(self):
         self.costs: list[float] = []
         self.binary: list[bool] = []
+        self.groups: list[list[int]] = []  # one variable of each group is 1
         self.rows: list[tuple[Mapping[int, float], float, float]] = []
 
     def add_variable(self, cost: float = 0.0, binary: bool = False) -> int:
@@ -70,18 +71,43 @@ class Program:
         scaled = {index: value / scale for index, value in terms.items()}
         self.rows.append((scaled, low / scale, high / scale))
 
+    def add_group(self, variables: Iterable[int]) -> None:
+        """Demands that exactly one of `variables` is 1."""
+        self.groups.append(list(variables))
+        self.add_row(dict.fromkeys(self.groups[-1], 1.0), 1, 1)
+
     def minimise(self) -> np.ndarray | None:
-        """Returns the variables with the smallest sum of cost x variable, or None if none fit."""
+        """Returns the variables with the smallest sum of cost x variable, or None if none fit.
+
+        The solver's tolerances are absolute, so that huge costs would hide small ones. The lowest
+        cost of each group is subtracted from all of it. Then the best solution holds no variable
+        that alone costs more than some whole solution: these are left out, and the rest is solved
+        again. All variables with a cost are in groups.
+        """
+        costs = np.zeros(len(self.costs))
+        for group in self.groups:
+            own = np.array([self.costs[i] for i in group])
+            costs[group] = own - own.min()
+        most = costs.max()
+        while (found := self._minimise(costs, most)) is not None:
+            total = costs @ found.round()
+            remaining = costs[costs <= total].max()
+            if most <= 1000 * remaining or most == 0:
+                return found
+            most = remaining
+        return None
+
+    def _minimise(self, costs: np.ndarray, most: float) -> np.ndarray | None:
+        """Solves the program without the variables that cost more than `most`."""
         entries = [(i, j, v) for i, (row, _, _) in enumerate(self.rows) for j, v in row.items()]
         i, j, values = zip(*entries, strict=True)
         shape = len(self.rows), len(self.costs)
         low, high = zip(*((low, high) for _, low, high in self.rows), strict=True)
         limits = LinearConstraint(csr_array((values, (i, j)), shape), low, high)
-        costs = np.array(self.costs) / (max(map(abs, self.costs)) or 1)
-        options = {"mip_rel_gap": 0}
-        how = dict(integrality=self.binary, bounds=Bounds(0, 1), constraints=limits)
+        scaled = np.minimum(costs, most) * (LARGEST_COST / (most or 1))
+        how = dict(integrality=self.binary, bounds=Bounds(0, costs <= most), constraints=limits)
         with silent_c_code():
-            found = milp(costs, **how, options=options)
+            found = milp(scaled, **how, options={"mip_rel_gap": 0})
         if found.status not in (0, 2):  # 2: infeasible
             raise RuntimeError(f"the integer program was not solved: {found.message}")
         return found.x
@@ -129,7 +155,7 @@ def add_choices(program: Program, table: Sensitivity, equal_bits: bool) -> Choic
         if not choices[name]:
             demanded = "no bits that weights and activations share" if equal_bits else "no bits"
             raise ValueError(f"layer {name!r} has {demanded} with a finite error: {candidates}")
-        program.add_row(_sum(*choices[name].values()), 1, 1)
+        program.add_group(choices[name].values())
     return choices
 
 
@@ -193,6 +219,7 @@ def add_interactions(program: Program, table: Sensitivity, choices: Choices) -> 
             for pair in product(chosen[one], chosen[other])
             if isfinite(effect := effects.get(pair, 0.0))
         }
+        program.add_group(both.values())
         for side, place in enumerate((one, other)):
             for bits, indices in chosen[place].items():
                 products = [index for pair, index in both.items() if pair[side] == bits]
@@ -215,10 +242,11 @@ def solve(
     The predicted error is `table.predict`. `budget`: BitOPs per image. `size`: bytes of weights.
     `equal_bits`: weights and activations of a layer have the same bits. `near`, `radius`: change at
     most `radius` layers of the configuration `near`. Layers that the table ties share their
-    activation bits. Raises ValueError if the table is of another network, for a value that is not
-    allowed, and if no configuration is within the limits.
+    activation bits. Raises ValueError if the table is of another network or of other weights, for a
+    value that is not allowed, and if no configuration is within the limits.
     """
     check_limits(supernet, budget, size)
+    check_choices(equal_bits=equal_bits)
     table.check(supernet)
     program = Program()
     choices = add_choices(program, table, equal_bits)
@@ -244,16 +272,6 @@ def solve(
     raise ValueError(f"no configuration is within {describe_costs(budget, size)}{demands}")
 
 
-def quick_table(supernet: Supernet, error: Error, ties: Ties | None = None) -> Sensitivity:
-    """Measures the table that `front` uses: smoothed sparse tables of 3 bits and the largest bits.
-
-    It takes two passes for each layer's weights and activations.
-    """
-    bases = supernet.uniform(3), largest(supernet.candidates)
-    tables = [measure_sensitivity(supernet, error, b, sparse=True, ties=ties) for b in bases]
-    return pool_tables([table.smooth() for table in tables])
-
-
 def assignment(
     supernet: Supernet,
     error: Error,
@@ -273,14 +291,15 @@ def assignment(
     Returns the base, then the solution, then one step for each further round that lowers the error;
     the last step is the result. `error`: of a configuration, such as `batch_error`. `budget`:
     BitOPs per image. `size`: bytes of weights. `base`, `pairs`, `ties`: as in
-    `measure_sensitivity`, but None is `quick_table`, from two bases, if the table is smoothed and
-    has no pairs. `smooth`: solve the smoothed table, as `Sensitivity.smooth` says, or the
-    changes as measured. `rounds`: how often, at most, to measure the table again around the
+    `measure_sensitivity`, but None is `quick_table`, from the largest bits, if the table is
+    smoothed and has no pairs. `smooth`: solve the smoothed table, as `Sensitivity.smooth` says, or
+    the changes as measured. `rounds`: how often, at most, to measure the table again around the
     solution and change at most `radius` layers. `equal_bits`: as in `solve`. Raises ValueError as
     these do, and if the error of the solution is not finite.
     """
     check_count("rounds", rounds, 0)
     check_limits(supernet, budget, size)
+    check_choices(smooth=smooth, equal_bits=equal_bits)
     error = cache(without_nan(error))
 
     def measure(base: BitConfig | None) -> Sensitivity:
@@ -306,6 +325,17 @@ def assignment(
     return path
 
 
+def check_budgets(budgets: Iterable[float]) -> list[float]:
+    """Returns the budgets as a list. Raises ValueError if they are no numbers one after another."""
+    try:
+        listed = [] if isinstance(budgets, str) else list(budgets)
+    except TypeError:  # a single number, of Python, numpy or torch
+        listed = []
+    if not listed:
+        raise ValueError(f"budgets={budgets!r} is not allowed: one or more BitOPs, such as [3e9]")
+    return listed
+
+
 def check_table(table: Sensitivity, ties: Ties | None) -> None:
     """Raises ValueError if `table` is no table, or has other ties than `ties`, if given."""
     if not isinstance(table, Sensitivity):
@@ -325,25 +355,21 @@ def front(
     ties: Ties | None = None,
     equal_bits: bool = False,
 ) -> list[Step]:
-    """Assigns bit-widths for each budget from one table; returns the best known step for each.
+    """Assigns bit-widths for each budget from one table; returns the solution for each.
 
     `budgets`: BitOPs per image. `table`: from `measure_sensitivity`, with the same `ties` if these
-    are given; None is `quick_table`. Each solution is evaluated once. A budget takes that with the
-    lowest error of all solutions within it, so that the error never rises with the budget. The
-    other parameters are as in `assignment`. Raises ValueError as `solve` does.
+    are given; None is `quick_table`. A step holds the solution of the integer program with its
+    error, which is measured once and chooses nothing. The other parameters are as in `assignment`.
+    Raises ValueError as `solve` does.
     """
-    if isinstance(budgets, (str, Real)) or not (budgets := list(budgets)):
-        raise ValueError(f"budgets={budgets!r} is not allowed: one or more BitOPs, such as [3e9]")
+    budgets = check_budgets(budgets)
     for budget in budgets:
         check_limits(supernet, budget, size)
+    check_choices(smooth=smooth)
     error = cache(without_nan(error))
     if table is None:
         table = quick_table(supernet, error, ties)
     check_table(table, ties)
     table = table.smooth() if smooth else table
-    known = []
-    for budget in budgets:
-        config = solve(supernet, table, budget, size=size, equal_bits=equal_bits)
-        known.append(Step(config, error(config), bitops(supernet.table, config)))
-    within = ([step for step in known if step.bitops <= budget] for budget in budgets)
-    return [min(steps, key=lambda step: step.error) for steps in within]
+    configs = [solve(supernet, table, b, size=size, equal_bits=equal_bits) for b in budgets]
+    return [Step(c, error(c), bitops(supernet.table, c)) for c in configs]

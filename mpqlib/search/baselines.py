@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf, prod
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def best_step(supernet: Supernet, known: Mapping[BitConfig, float], budget: floa
     """
     fits = {c: e for c, e in known.items() if bitops(supernet.table, c) <= budget}
     if not fits:
-        raise ValueError(f"budget={budget:.4g} ({budget / 1e9:.4g} G): no configuration is within")
+        raise ValueError(f"budget={budget!s} ({budget / 1e9:.4g} G): no configuration is within")
     finite = without_nan(fits.__getitem__)
     best = min(fits, key=finite)
     if finite(best) == inf:
@@ -129,7 +129,7 @@ def evolution(
     """
     check_count("evaluations", evaluations, 1)
     check_count("population", population, 4)
-    if not isinstance(mutation, Real) or not 0 <= mutation <= 1:
+    if not isinstance(mutation, Real) or isinstance(mutation, bool) or not 0 <= mutation <= 1:
         raise ValueError(f"mutation={mutation!r} is not allowed: a number from 0 to 1")
     error, known = without_nan(error), {}
     for _ in range(TRIES * evaluations):
@@ -168,8 +168,7 @@ def restrict(supernet: Supernet, layers: int, bits: Sequence[int], rest: int = 4
     """
     bits, rest = check_bits("bits", bits), check_bits("rest", [rest])
     free = [info.name for info in supernet.table if len(info.candidates.weight) > 1]
-    if not isinstance(layers, Integral) or not 0 <= layers <= len(free):
-        raise ValueError(f"layers={layers!r} is not allowed: a whole number from 0 to {len(free)}")
+    check_count("layers", layers, 0, len(free))
     chosen = [free[i] for i in np.linspace(0, len(free) - 1, layers).round().astype(int)]
 
     def restrict_candidates(info: LayerInfo) -> Candidates:

@@ -12,7 +12,7 @@ from ..network.bits import BitConfig, largest
 from ..network.cost import bitops
 from ..network.supernet import LayerInfo, Supernet, tied_inputs
 from .error import Error, without_nan
-from .limits import check_limits, check_start, used_share
+from .limits import check_choices, check_limits, check_start, used_share
 from .moves import BIT_WIDTHS, Errors, Move, Step, apply_moves, count_moves, possible_moves
 
 ALPHA = 1.5  # weight of the error in the paper's score (RFQuant's release)
@@ -59,9 +59,7 @@ def check_options(
     """Raises ValueError if an option of `greedy` has a value that is not allowed."""
     if rule not in RULES:
         raise ValueError(f"rule={rule!r} is not allowed: one of {list(RULES)}")
-    for name, value in dict(up=up, weights_first=weights_first, exact=exact).items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is not allowed: True or False")
+    check_choices(up=up, weights_first=weights_first, exact=exact)
 
 
 def best_move(

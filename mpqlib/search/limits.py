@@ -19,10 +19,18 @@ def used_share(
     return max(bitops(table, config) / budget, model_size(table, config) / size)
 
 
-def check_count(name: str, value: int, least: int) -> None:
-    """Raises ValueError unless `value`, the parameter `name`, is a whole number from `least` on."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")
+def check_count(name: str, value: int, least: int, most: float = inf) -> None:
+    """Raises ValueError unless `value`, the parameter `name`, is a whole number in these limits."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= value <= most:
+        allowed = f", at least {least}" if most == inf else f" from {least} to {most}"
+        raise ValueError(f"{name}={value!r} is not allowed: a whole number{allowed}")
+
+
+def check_choices(**options: bool) -> None:
+    """Raises ValueError for an option that is neither True nor False."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is not allowed: True or False")
 
 
 def describe_costs(budget: float, size: float) -> str:
@@ -43,11 +51,12 @@ def check_limits(supernet: Supernet, budget: float = inf, size: float = inf) -> 
     }
     for name, (value, least, scale, unit) in lowest.items():
         if not isinstance(value, Real) or isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} is not allowed: a number, at least {least:.4g}")
+            raise ValueError(f"{name}={value!r} is not allowed: a number, at least {least!r}")
         if not value >= least:  # NaN is not
+            # All digits: a limit can lie below by less than a rounded number shows.
             raise ValueError(
-                f"{name}={value:.4g} ({value / scale:.4g} {unit}) is not allowed: at least"
-                f" {least:.4g} ({least / scale:.4g} {unit}), which the smallest bits need"
+                f"{name}={value!s} ({value / scale:.4g} {unit}) is not allowed: at least {least!s}"
+                f" ({least / scale:.4g} {unit}), which the smallest bits need"
             )
 
 

@@ -16,9 +16,9 @@ from ..network.cost import bitops
 from ..network.observation import eval_mode, hooked
 from ..network.quantizer import Quantizer
 from ..network.supernet import Supernet, tied_inputs
-from ..training.evaluation import batch_norms, batch_statistics, check_statistics
-from ..training.step import check_labels
-from .error import Error, batch_error
+from ..training.evaluation import check_statistics
+from ..training.step import check_labels, in_float32
+from .error import BatchLogits, Error, hash_tensors, network_tensors, reference_error
 from .limits import check_count, check_limits
 from .moves import BIT_WIDTHS, Move
 from .sensitivity import Sensitivity, Ties
@@ -34,15 +34,18 @@ def noise_to_signal(outputs: Tensor, target: Tensor) -> Tensor:
     return (outputs - target).square().sum() / target.square().sum()
 
 
-@torch.no_grad()
 def noise_error(supernet: Supernet, x: Tensor) -> Error:
     """Returns the error "noise of the outputs": `noise_to_signal` against float mode, for images x.
 
     Batch norms use the statistics of the batch, as in `batch_error`. It needs no labels.
     """
-    with eval_mode(supernet), batch_statistics(batch_norms(supernet)):
-        in_float = supernet(x)
-    return batch_error(supernet, x, in_float, noise_to_signal)
+    logits = BatchLogits(supernet, x)
+
+    def run_float() -> Tensor:
+        with logits.mode():
+            return in_float32(supernet(x))
+
+    return reference_error(logits, run_float, noise_to_signal)
 
 
 def lower_by_list(supernet: Supernet, table: Sensitivity, budget: float) -> BitConfig:
@@ -92,7 +95,8 @@ def rate_bits(supernet: Supernet, rating: Rating) -> Sensitivity:
                 if bits != now:
                     change = sum(rating(n, part, bits) - rating(n, part, now) for n in group)
                     errors[(Move(name, part, now, bits),)] = total + change
-    return Sensitivity(base, total, errors, ties)
+    network = hash_tensors(network_tensors(supernet))
+    return Sensitivity(base, total, errors, ties, network=network)
 
 
 def hessian_traces(
@@ -110,6 +114,7 @@ def hessian_traces(
     """
     check_statistics(supernet, None)
     check_count("probes", probes, 1)
+    check_count("batch_size", batch_size, 1)
     if frozen := [n for n, c in supernet.layers.items() if not c.op.weight.requires_grad]:
         raise ValueError(f"the weights of {frozen} require no gradient: the Hessian needs it")
     weights = {name: layer.op.weight for name, layer in supernet.layers.items()}
@@ -117,7 +122,7 @@ def hessian_traces(
     totals = dict.fromkeys(weights, 0.0)
     with eval_mode(supernet), torch.enable_grad():
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            outputs = supernet(images)
+            outputs = in_float32(supernet(images))
             check_labels(outputs, labels)
             loss = F.cross_entropy(outputs, labels, reduction="sum") / len(x)
             slopes = torch.autograd.grad(loss, own, create_graph=True, materialize_grads=True)

@@ -1,30 +1,36 @@
 """How the error changes when one bit-width of one layer changes: a table that is a file."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from itertools import pairwise, product
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
-from statistics import mean
+from statistics import median
 
 import pandas as pd
 from pandas.errors import EmptyDataError, ParserError
 
 from ..files import save_atomically
-from ..network.bits import BitConfig, Candidates, check_config
+from ..network.bits import BitConfig, Candidates, check_config, largest
 from ..network.quantizer import TERNARY
 from ..network.supernet import Supernet, tied_inputs
-from .error import Error, without_nan
+from .error import Error, hash_tensors, network_tensors, without_nan
 from .moves import BIT_WIDTHS, Move, apply_moves
 
 PAIRS = ("none", "layers", "neighbours")
 _COLUMNS = ["layer", "part", "base_bits", "bits", "error", "change", "base_error", "input_of"]
+_ABOUT = ["smoothed", "network", "images"]  # of the whole table; files of earlier versions lack it
 _OTHER = ["other_layer", "other_part", "other_base_bits", "other_bits"]  # of a pair of changes
 
-# The least slope of a smoothed table, as a share of the mean slope: more bits never harm.
+# The least slope of a smoothed table, as a share of the median slope: more bits never harm.
 LEAST_SLOPE = 0.1
+
+# Of `quick_table`: the least change of an error, and what a bit more can divide a change by. The
+# power of rounding noise falls by four.
+LEAST_CHANGE = 1e-9
+LEAST_RATIO, LARGEST_RATIO = 2.0, 8.0
 
 Ties = Sequence[Sequence[str]]  # groups of layers that share their activation bits
 
@@ -43,14 +49,20 @@ class Sensitivity:
 
     `base`: the configuration. `error`: its error. `errors`: after each change of one bit-width, and
     after those changes of two that were measured, in the network's order; infinite where the error
-    is not a finite number, NaN where it was not measured. `ties`: groups of layers that share their
-    activation bits. A change of one such layer changes all of its group.
+    is not a finite number. `ties`: groups of layers that share their activation bits. A change of
+    one such layer changes all of its group. `smoothed`: a curve gives the changes, by `smooth` or
+    `quick_table`. `network`: hash of the weights and step sizes that it was measured with.
+    `images`: hash of the images, if the error names them. A hash is "" if it is unknown, as in a
+    table made by hand.
     """
 
     base: BitConfig
     error: float
     errors: Mapping[tuple[Move, ...], float]
     ties: tuple[tuple[str, ...], ...] = ()
+    smoothed: bool = False
+    network: str = ""
+    images: str = ""
 
     def change(self, *moves: Move) -> float:
         """Error after the moves, minus the error of the base."""
@@ -85,18 +97,24 @@ class Sensitivity:
     def smooth(self) -> "Sensitivity":
         """Returns a table in which the error falls with the rounding noise of each bit-width.
 
-        Its changes are slope x (4^-bits - 4^-base bits): the power of rounding noise falls by four
-        for each bit, and a small noise adds to the loss in proportion. The slope of each layer's
-        weights and activations is fitted by least squares to their finite changes, and is at least
-        LEAST_SLOPE of the mean size of all slopes. On a small batch most changes are smaller than
-        their noise; a solver would pick the luckiest ones. Interactions stay as measured.
+        A table that is smoothed already is returned as it is. Changes are slope x (4^-bits -
+        4^-base bits): the power of rounding noise falls by four for each bit, and a small noise
+        adds to the loss in proportion. The slope of each layer's weights and activations is fitted
+        by least squares to their finite changes, and is at least LEAST_SLOPE of the median size of
+        all slopes. On a small batch most changes are smaller than their noise; a solver would pick
+        the luckiest ones. Interactions stay as measured.
         """
-        slopes = {place: self._fit_slope(*place) for place, _ in _places(self.base)}
-        least = LEAST_SLOPE * mean(map(abs, slopes.values()))
+        if self.smoothed:
+            return self
+        fitted = {place: self._fit_slope(*place) for place, _ in _places(self.base)}
+        slopes = {place: slope for place, slope in fitted.items() if slope is not None}
+        # A single huge slope, of a layer that fails, would lift a mean above all others.
+        least = LEAST_SLOPE * median(map(abs, slopes.values())) if slopes else 0.0
 
         def smooth_change(move: Move) -> float:
-            slope = max(slopes[move.layer, move.part], least)
-            return inf if self.change(move) == inf else slope * _added_noise(move)
+            slope = max(slopes.get((move.layer, move.part), 0.0), least)
+            change = self.change(move)
+            return slope * _added_noise(move) if isfinite(change) else change
 
         errors = {
             moves: self.error
@@ -104,14 +122,14 @@ class Sensitivity:
             + (self.interaction(*moves) if len(moves) == 2 else 0)
             for moves in self.errors
         }
-        return replace(self, errors=errors)
+        return replace(self, errors=errors, smoothed=True)
 
-    def _fit_slope(self, layer: str, part: str) -> float:
-        """Change of the error for each unit of rounding noise, by least squares; 0 if unknown."""
+    def _fit_slope(self, layer: str, part: str) -> float | None:
+        """Change of the error for each unit of rounding noise, by least squares, if known."""
         moves = [ms[0] for ms in self.errors if len(ms) == 1 and ms[0][:2] == (layer, part)]
         points = [(_added_noise(m), self.change(m)) for m in moves if isfinite(self.change(m))]
         power = sum(noise**2 for noise, _ in points)
-        return sum(noise * change for noise, change in points) / power if points else 0.0
+        return sum(noise * change for noise, change in points) / power if points else None
 
     @cached_property
     def candidates(self) -> dict[str, Candidates]:
@@ -129,6 +147,8 @@ class Sensitivity:
         """Raises ValueError unless the table is complete, and of the network `supernet`.
 
         It must have the layers and candidates of the supernet, and tie all layers that it ties.
+        Weights and step sizes must be those that it was measured with, if it knows them. Statistics
+        of batch norms may differ.
         """
         check_config("base", self.base, supernet.candidates)
         for name, own in self.candidates.items():
@@ -144,9 +164,11 @@ class Sensitivity:
                     "the table again"
                 )
         if any(map(isnan, self.errors.values())):
+            raise ValueError("the sensitivity table holds NaN: measure it again")
+        if self.network and self.network != hash_tensors(network_tensors(supernet)):
             raise ValueError(
-                "the sensitivity table lacks errors that were not measured (sparse=True): use its "
-                "smooth()"
+                "the sensitivity table was measured with other weights or step sizes than the "
+                "supernet has: measure it again"
             )
 
     def to_frame(self) -> pd.DataFrame:
@@ -166,10 +188,12 @@ class Sensitivity:
             )
         table["change"] = table["error"] - self.error
         table["base_error"] = self.error
+        for name in _ABOUT:
+            table[name] = getattr(self, name)
         follows = [self.input_of.get(n) for n in table["layer"]]
         is_act = table["part"] == "act"
         table["input_of"] = pd.Series(follows, index=table.index, dtype=object).where(is_act, None)
-        return table[_COLUMNS + (_OTHER if self.pairs else [])]
+        return table[_COLUMNS + _ABOUT + (_OTHER if self.pairs else [])]
 
     @classmethod
     def from_frame(cls, table: pd.DataFrame) -> "Sensitivity":
@@ -179,6 +203,7 @@ class Sensitivity:
         if table.empty:
             raise ValueError("there is no row")
         _check_columns(table)
+        _check_about(table)
         error = float(table["base_error"].iloc[0])
         paired = table["other_layer"].notna() if "other_layer" in table else table["layer"].isna()
         errors, base = {}, {}
@@ -208,7 +233,9 @@ class Sensitivity:
         for name, first in follows.itertuples(index=False):
             groups.setdefault(first, [first]).append(name)
         ties = check_ties([groups[first] for first in groups], base)
-        return cls(base, error, errors, ties)
+        first = table.iloc[0]
+        about = {name: first[name] for name in _ABOUT if name in table and pd.notna(first[name])}
+        return cls(base, error, errors, ties, **about)
 
     def save(self, path: str | Path) -> None:
         """Writes the table as a csv file, atomically."""
@@ -224,8 +251,10 @@ class Sensitivity:
                 ("base_bits", "bits", "error", "change", "base_error"),
                 lambda text: float(text or nan),
             )
-            names = dict.fromkeys(("layer", "part", "input_of", "other_layer", "other_part"), str)
-            return cls.from_frame(pd.read_csv(path, converters=exactly, dtype=names))
+            names = ("layer", "part", "input_of", "other_layer", "other_part", "network", "images")
+            return cls.from_frame(
+                pd.read_csv(path, converters=exactly, dtype=dict.fromkeys(names, str))
+            )
         except (ValueError, EmptyDataError, ParserError) as error:
             raise ValueError(
                 f"{path} is no sensitivity table ({error}): measure it again"
@@ -274,6 +303,15 @@ def _check_columns(table: pd.DataFrame) -> None:
         raise ValueError("the error of a row without a change is not 'base_error'")
 
 
+def _check_about(table: pd.DataFrame) -> None:
+    """Raises ValueError if a column about the whole table holds several values or wrong ones."""
+    for name in _ABOUT:
+        if name in table and table[name].nunique(dropna=False) != 1:
+            raise ValueError(f"column {name!r} holds more than one value")
+    if "smoothed" in table and table["smoothed"].dtype != bool:
+        raise ValueError("column 'smoothed' holds something else than True or False")
+
+
 def _check_pairs(table: pd.DataFrame) -> None:
     """Raises ValueError for an entry that no row of a pair has."""
     if missing := [name for name in _OTHER if len(table) and name not in table]:
@@ -291,35 +329,6 @@ def _check_all_pairs(errors: Mapping[tuple[Move, ...], float]) -> None:
     for (one, other), count in pairs.items():
         if count != singles[one] * singles[other]:
             raise ValueError(f"rows of pairs are missing: {one} and {other}")
-
-
-def pool_tables(tables: Sequence[Sensitivity]) -> Sensitivity:
-    """Returns the mean of tables from several bases, as changes of the first one's base.
-
-    Each table says what every bit-width changes against the first base's; these changes are
-    averaged. Pairs of changes are left out. Raises ValueError if there is no table, or if they are
-    not of the same network and ties.
-    """
-    if not tables:
-        raise ValueError("tables is empty: pass one or more")
-    first = tables[0]
-    if any((t.candidates, t.ties) != (first.candidates, first.ties) for t in tables):
-        raise ValueError("tables are not of the same layers, candidates and ties")
-
-    def change(table: Sensitivity, layer: str, part: str, bits: int) -> float:
-        now = getattr(table.base[layer], part)
-        return 0.0 if bits == now else table.change(Move(layer, part, now, bits))
-
-    def mean_change(move: Move) -> float:
-        place = move.layer, move.part
-        after = [change(table, *place, move.after) for table in tables]
-        before = [change(table, *place, move.before) for table in tables]
-        # An infinite error stays infinite: it has no difference.
-        return mean(a - b if isfinite(b) else inf for a, b in zip(after, before, strict=True))
-
-    singles = [moves for moves in first.errors if len(moves) == 1]
-    errors = {moves: first.error + mean_change(*moves) for moves in singles}
-    return replace(first, errors=errors)
 
 
 def check_ties(ties: Ties, base: BitConfig) -> tuple[tuple[str, ...], ...]:
@@ -371,13 +380,42 @@ def _changes(
     return changes
 
 
+class _Measurement:
+    """Errors of a network after changes of a base: what measuring a table needs.
+
+    `about`: what the table stores of the network and the images. Raises ValueError for ties that
+    are not allowed, and if the error of the base is not finite.
+    """
+
+    def __init__(self, supernet: Supernet, error: Error, base: BitConfig, ties: Ties | None):
+        self.base, self.candidates = base, supernet.candidates
+        self.ties = check_ties(tied_inputs(supernet.table) if ties is None else ties, base)
+        self.group_of = {name: group for group in self.ties for name in group}
+        images = getattr(error, "images", None)  # an error of one's own need not name them
+        self.about = {
+            "network": hash_tensors(network_tensors(supernet)),
+            "images": "" if images is None else hash_tensors([images]),
+        }
+        self.error = cache(without_nan(error))
+        self.at_base = self.error(base)
+        if self.at_base == inf:
+            raise ValueError("the error of the base is NaN or infinite: check weights and images")
+
+    def after(self, *moves: Move) -> float:
+        """The error after the moves; a move of tied activations changes all of its group."""
+        return self.error(apply_moves(self.base, [m for move in moves for m in self._expand(move)]))
+
+    def _expand(self, move: Move) -> list[Move]:
+        group = self.group_of.get(move.layer, [move.layer])
+        return [move._replace(layer=n) for n in (group if move.part == "act" else [move.layer])]
+
+
 def measure_sensitivity(
     supernet: Supernet,
     error: Error,
     base: BitConfig | None = None,
     *,
     pairs: str = "none",
-    sparse: bool = False,
     ties: Ties | None = None,
 ) -> Sensitivity:
     """Measures the error after every change of one bit-width of one layer.
@@ -385,46 +423,82 @@ def measure_sensitivity(
     `error`: of a configuration, such as `batch_error`. `base`: the configuration to change; None is
     3 bits in every layer. `pairs`: changes of two bit-widths that are measured as well: "none",
     "layers" (weights and activations of one layer), or "neighbours" (also the weights, and the
-    activations, of two layers that follow each other, as in CLADO, arXiv 2307.05657). `sparse`:
-    measure only the change with the most rounding noise, which is almost always that to the fewest
-    bits; other errors are NaN until the table is smoothed, but measured as well if that error is
-    infinite. `ties`: groups of layers that share their activation bits; None is those that the
-    supernet ties.
+    activations, of two layers that follow each other, as in CLADO, arXiv 2307.05657). `ties`:
+    groups of layers that share their activation bits; None is those that the supernet ties.
 
     Starts at the last layer, so that few outputs change from one configuration to the next. Raises
     ValueError for a value that is not allowed, and if the error of the base is not finite.
     """
     if pairs not in PAIRS:
         raise ValueError(f"pairs={pairs!r} is not allowed: one of {PAIRS}")
-    if sparse and pairs != "none":
-        raise ValueError(f"sparse=True with pairs={pairs!r} is not allowed: pairs='none'")
     base = supernet.uniform(3) if base is None else base
     check_config("base", base, supernet.candidates)
-    ties = check_ties(tied_inputs(supernet.table) if ties is None else ties, base)
-    error = cache(without_nan(error))
-    if (at_base := error(base)) == inf:
-        raise ValueError("the error of the base is NaN or infinite: check weights, images and loss")
-    group_of = {name: group for group in ties for name in group}
-
-    def is_left_out(move: Move) -> bool:
-        others = _moves_of(move.layer, move.part, base, supernet.candidates)
-        noises = [abs(_added_noise(m)) for m in others]
-        return sparse and abs(_added_noise(move)) < max(noises)
-
-    def expand(move: Move) -> list[Move]:
-        group = group_of.get(move.layer, [move.layer]) if move.part == "act" else [move.layer]
-        return [move._replace(layer=name) for name in group]
-
-    def measure(moves: tuple[Move, ...]) -> float:
-        return error(apply_moves(base, [each for move in moves for each in expand(move)]))
-
+    measurement = _Measurement(supernet, error, base, ties)
     changes, names = _changes(base, supernet.candidates, pairs), list(base)
     backwards = sorted(changes, key=lambda moves: -names.index(moves[0].layer))
-    left_out = {moves for moves in changes if any(map(is_left_out, moves))}
-    measured = {moves: nan if moves in left_out else measure(moves) for moves in backwards}
-    # An infinite error says nothing about the other bit-widths in its place.
-    unknown = {moves[0][:2] for moves, found in measured.items() if sparse and found == inf}
-    for moves in backwards:
-        if moves in left_out and moves[0][:2] in unknown:
-            measured[moves] = measure(moves)
-    return Sensitivity(base, at_base, {moves: measured[moves] for moves in changes}, ties)
+    measured = {moves: measurement.after(*moves) for moves in backwards}
+    errors = {moves: measured[moves] for moves in changes}
+    return Sensitivity(base, measurement.at_base, errors, measurement.ties, **measurement.about)
+
+
+def quick_table(supernet: Supernet, error: Error, ties: Ties | None = None) -> Sensitivity:
+    """Measures the table that `front` uses: two changes of each bit-width from the largest bits.
+
+    `error`, `ties`: as in `measure_sensitivity`. `fit_changes` says which changes are measured, and
+    what the others are. This takes at most two passes for each layer's weights and activations,
+    unless an error is infinite. Starts at the last layer. Raises ValueError if the error of the
+    largest bits is not finite.
+    """
+    base = largest(supernet.candidates)
+    measurement, measured = _Measurement(supernet, error, base, ties), {}
+    for (name, part), now in reversed(list(_places(base))):
+        moves = {m.after: m for m in _moves_of(name, part, base, supernet.candidates)}
+
+        def change(bits: int, moves: Mapping[int, Move] = moves) -> float:
+            return measurement.after(moves[bits]) - measurement.at_base
+
+        for bits, added in fit_changes(change, list(moves), now).items():
+            measured[(moves[bits],)] = measurement.at_base + added
+    errors = {moves: measured[moves] for moves in _changes(base, supernet.candidates, "none")}
+    return Sensitivity(
+        base, measurement.at_base, errors, measurement.ties, True, **measurement.about
+    )
+
+
+def fit_changes(
+    measure: Callable[[int], float], choices: Sequence[int], base: int
+) -> dict[int, float]:
+    """Changes of the error from `base` bits to each of `choices`, all but two of them by a curve.
+
+    `measure`: the change to some bits, measured. `choices`: ascending, below `base`. It is measured
+    at the fewest bits and at two bits more (or the nearest to that, of two the larger). Bits whose
+    change is infinite are left out: theirs stays infinite, and the next ones are measured. Each bit
+    divides the change by the same ratio r:
+
+        change(b) = d r^(fewest - b) - d r^(fewest - base)
+
+    d is the change at the fewest bits, and r follows from both changes, within LEAST_RATIO and
+    LARGEST_RATIO. Changes below LEAST_CHANGE count as that. If only one change is finite, it is
+    returned as measured.
+    """
+    measured = {}
+
+    def first_finite(order: Sequence[int]) -> int | None:
+        for bits in order:
+            measured[bits] = max(measure(bits), LEAST_CHANGE)
+            if isfinite(measured[bits]):
+                return bits
+        return None
+
+    few = first_finite(choices)
+    rest = [bits for bits in choices if bits not in measured]
+    more = first_finite(sorted(rest, key=lambda bits: (abs(bits - few - 2), -bits)))
+    if more is None:
+        return measured
+    ratio = (measured[few] / measured[more]) ** (1 / (more - few))
+    ratio = min(max(ratio, LEAST_RATIO), LARGEST_RATIO)
+
+    def curve(bits: int) -> float:
+        return measured[few] * ratio ** (few - bits)
+
+    return {b: inf if measured.get(b) == inf else curve(b) - curve(base) for b in choices}

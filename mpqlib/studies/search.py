@@ -30,6 +30,7 @@ from ..search.limits import check_limits
 from ..search.moves import BIT_WIDTHS, Step
 from ..search.sensitivity import Sensitivity
 from ..training.evaluation import batch_norms, batch_statistics
+from ..training.step import in_float32
 from .parameters import (
     BITS,
     LEVELS,
@@ -186,7 +187,7 @@ def literal_error(supernet: Supernet, x: Tensor, y: Tensor):
     @torch.inference_mode()
     def error(config: BitConfig) -> float:
         with batch_statistics(norms):
-            return float(cross_entropy(supernet(x, config), y))
+            return float(cross_entropy(in_float32(supernet(x, config)), y))
 
     return error
 

@@ -18,7 +18,7 @@ from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
 from ..network.observation import eval_mode, hooked
 from ..network.supernet import Supernet, check_steps, check_supernet
-from .step import check_labels
+from .step import check_labels, in_float32
 
 
 def select_device(name: str | torch.device = "auto") -> torch.device:
@@ -138,7 +138,7 @@ def evaluate(
             check_labels(logits, y.cpu())
             y = y.to(device)
             correct.append((logits.argmax(1) == y).cpu())
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            loss += float(F.cross_entropy(in_float32(logits), y, reduction="sum"))
     return Evaluation(torch.cat(correct), loss / len(dataset))
 
 

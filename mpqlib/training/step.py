@@ -43,6 +43,11 @@ def check_labels(logits: Tensor, y: Tensor) -> None:
         )
 
 
+def in_float32(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 where they are: losses of 16 bits are too coarse."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def logits_in(
     dtype: torch.dtype, model: Callable[..., Tensor], x: Tensor, *config: BitConfig
 ) -> Tensor:
@@ -53,7 +58,7 @@ def logits_in(
     with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(x, *config)
     check_logits(logits)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return in_float32(logits)
 
 
 def float_gradients(

@@ -1,16 +1,19 @@
 """The integer program against all configurations there are; the table, its file and its limits."""
 
+import copy
 import ctypes
 import itertools
 import random
 import re
 import statistics
 from dataclasses import replace
-from math import inf, isclose, nan
+from functools import cache, partial
+from math import inf, isclose, isfinite, nan
 
 import numpy
 import pandas as pd
 import pytest
+import torch
 from conftest import images
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -18,9 +21,11 @@ from stand import SMALL_STANDS, STANDS, Stand, made_up_error
 
 from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops, model_size
-from mpqlib.search.assignment import assignment, front, silent_c_code, solve
-from mpqlib.search.error import batch_error
-from mpqlib.search.sensitivity import PAIRS, Sensitivity, measure_sensitivity, pool_tables
+from mpqlib.search.assignment import assignment, front, quick_table, silent_c_code, solve
+from mpqlib.search.error import batch_error, kl_error
+from mpqlib.search.sensitivity import PAIRS, Sensitivity, fit_changes, measure_sensitivity
+from mpqlib.training.calibration import fit_steps
+from mpqlib.training.evaluation import evaluate, recalibrate
 
 THREE = st.tuples(st.integers(1, 50), st.sampled_from([((2, 3),) * 2, ((2, 4), (2, 6))]))
 THREE_LAYERS = st.lists(THREE, min_size=3, max_size=3)
@@ -112,6 +117,46 @@ def test_solution_is_the_best_of_all_configurations(
     assert isclose(predicted[found], min(predicted.values()), abs_tol=1e-9)
     assert isclose(table.predict(found), predicted[found], abs_tol=1e-9)
     assert solve(stand, table, budget, size=size, equal_bits=equal_bits) == found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    THREE_LAYERS,
+    st.integers(0, 999),
+    st.sampled_from(["none", "layers"]),
+    st.sampled_from([1e4, 1e7, 1e9]),
+    st.sampled_from([0.05, 0.3, 0.8]),
+    st.floats(0, 1),
+)
+def test_huge_errors_do_not_hide_small_ones_from_the_solver(
+    layers, seed, pairs, huge, share, place
+):
+    stand, rng = Stand(*zip(*layers, strict=True)), random.Random(seed)
+    places = [(n, k, b) for n in stand.candidates for k in (0, 1) for b in (2, 3, 4, 6)]
+    terms = {p: rng.gauss(0, huge if rng.random() < share else 1) for p in places}
+    both = {(n, a, b): rng.gauss(0, 1) for n, _, a in places for b in (2, 3, 4, 6)}
+
+    def error(config):
+        parts = sum(terms[n, k, config[n][k]] for n in config for k in (0, 1))
+        return parts + sum(both[n, *config[n]] for n in config) * (pairs == "layers")
+
+    table = measure_sensitivity(stand, error, rng.choice(stand.every()), pairs=pairs)
+    low, high = (bitops(stand.table, end(stand.candidates)) for end in (smallest, largest))
+    budget = low + place * (high - low)
+    best = min(table.predict(c) for c in stand.every() if bitops(stand.table, c) <= budget)
+    assert table.predict(solve(stand, table, budget)) - best <= 1e-9 + 1e-12 * huge
+
+
+def test_one_huge_slope_does_not_lift_all_others():
+    stand = Stand((1,) * 4, [((2, 3, 4, 5, 6),) * 2] * 4)
+    slopes = {"l0": 1e4, "l1": 1.0, "l2": 2.0, "l3": 4.0}
+
+    def error(config):
+        return sum(slopes[n] * (4.0**-w + 4.0**-a) for n, (w, a) in config.items())
+
+    smooth = measure_sensitivity(stand, error, largest(stand.candidates)).smooth()
+    configs = [stand.uniform(b).replace("l1", (2, 5)) for b in (2, 3, 4, 5, 6)]
+    assert all(isclose(smooth.predict(c), error(c)) for c in configs)
 
 
 @settings(max_examples=30, deadline=None)
@@ -211,9 +256,9 @@ def test_front_solves_all_budgets_from_one_table(smooth):
     steps = front(stand, counted, iter(budgets), table, smooth=smooth)
     assert len(asked) <= len(budgets)
     used = table.smooth() if smooth else table
-    solved = {b: solve(stand, used, b) for b in budgets}
     for budget, step in zip(budgets, steps, strict=True):
-        assert step.error == min(error(solved[b]) for b in budgets if b <= budget)
+        # The program's solution, whatever errors other budgets have
+        assert step.config == solve(stand, used, budget)
         assert step.error == error(step.config)
         assert step.bitops == bitops(stand.table, step.config) <= budget
 
@@ -237,7 +282,7 @@ def test_smoothed_changes_follow_the_noise_of_rounding():
         rows = noisy.to_frame().query("layer == @name and part == @part")
         added = (0.25 ** rows["bits"] - 0.25 ** rows["base_bits"]).to_numpy()[:, None]
         fitted[name, part] = float(numpy.linalg.lstsq(added, rows["change"], rcond=None)[0][0])
-    least = 0.1 * statistics.mean(map(abs, fitted.values()))
+    least = 0.1 * statistics.median(map(abs, fitted.values()))
     for row in noisy.smooth().to_frame().itertuples():
         slope = max(fitted[row.layer, row.part], least)
         assert isclose(row.change, slope * (0.25**row.bits - 0.25**row.base_bits), abs_tol=1e-9)
@@ -245,25 +290,145 @@ def test_smoothed_changes_follow_the_noise_of_rounding():
     assert solve(stand, noisy.smooth()) == largest(stand.candidates)
 
 
-def test_pooled_tables_are_exact_for_additive_errors_and_average_the_others():
-    stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
-    bases = [end(stand.candidates) for end in (smallest, largest)]
+def fit_literally(error, choices, base):
+    """Changes by the formula, in the plainest way. `error`: bits -> error, NaN where it fails."""
+    usable = [b for b in choices if isfinite(error(b))]
+    changes = {b: inf for b in choices}
+    if not usable:
+        return changes
+    added = {b: max(error(b) - error(base), 1e-9) for b in usable}
+    fewest = usable[0]
+    if len(usable) == 1:
+        return changes | added
+    apart = {b: abs(b - (fewest + 2)) for b in usable[1:]}
+    more = max(b for b in apart if apart[b] == min(apart.values()))
+    r = (added[fewest] / added[more]) ** (1 / (more - fewest))
+    r = 2 if r < 2 else 8 if r > 8 else r
+    return changes | {
+        b: added[fewest] / r ** (b - fewest) - added[fewest] / r ** (base - fewest) for b in usable
+    }
 
-    def additive(config):
-        return sum(1 / (i + w) + 1 / (2 * i + a) for i, (w, a) in enumerate(config.values()))
 
-    table = pool_tables([measure_sensitivity(stand, additive, base) for base in bases])
-    assert all(isclose(table.predict(c), additive(c)) for c in stand.every())
-    error = random_error(0)
-    low, high = (measure_sensitivity(stand, error, base) for base in bases)
-    config = bases[0].replace("l0", (3, 2))
-    from_high = error(bases[1].replace("l0", (3, 4))) - error(bases[1].replace("l0", (2, 4)))
-    mean = (error(config) - error(bases[0]) + from_high) / 2
-    assert isclose(pool_tables([low, high]).predict(config), error(bases[0]) + mean)
-    other = measure_sensitivity(Stand((9,), [((2, 3),) * 2]), error, BitConfig.of({"l0": (2, 2)}))
-    for tables, message in ([], "tables is empty"), ([low, other], "not of the same layers"):
-        with pytest.raises(ValueError, match=message):
-            pool_tables(tables)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sets(st.integers(2, 10), min_size=2, max_size=6),
+    st.lists(st.one_of(st.floats(-2, 5), st.floats(1e-12, 1e-6)), min_size=9, max_size=9),
+    st.sampled_from([(), (0,), (0, 1)]),
+)
+def test_curve_goes_through_the_fewest_bits_and_two_bits_more(bits, errors, failing):
+    *choices, base = sorted(bits)
+    errors = dict(zip(range(2, 11), errors, strict=True)) | {
+        choices[i]: inf for i in failing if i < len(choices)
+    }
+    asked = []
+
+    def measure(b):
+        asked.append(b)
+        return errors[b] - errors[base]
+
+    found = fit_changes(measure, choices, base)
+    expected = fit_literally(errors.__getitem__, choices, base)
+    assert set(found) == set(choices)
+    assert all(found[b] == expected[b] or isclose(found[b], expected[b]) for b in choices)
+    assert len(asked) <= 2 + sum(errors[b] == inf for b in choices)
+
+
+@pytest.mark.parametrize("ties", [(), (("l0", "l1"),)])
+def test_default_table_measures_two_changes_of_each_bit_width_from_the_largest_bits(ties):
+    offered = [((2, 3, 4, 5, 6),) * 2, ((3, 4, 6), (2, 3, 4, 5, 6)), ((8,), (2, 4))]
+    stand, asked, error = Stand((9, 4, 6), offered), [], made_up_error(3)
+
+    def counted(config):
+        asked.append(config)
+        return error(config)
+
+    table, base = quick_table(stand, counted, ties), largest(stand.candidates)
+    assert table.base == base and table.error == error(base) and table.ties == ties
+    followers = sum(len(group) - 1 for group in ties)
+    assert len(asked) == len(set(asked)) == 1 + 2 * (4 - followers) + 1
+    assert table.candidates == stand.candidates
+    group_of = {name: group for group in ties for name in group}
+    for name, (part, place) in itertools.product(base, [("weight", 0), ("act", 1)]):
+        members = group_of.get(name, [name]) if part == "act" else [name]
+
+        def after(bits, members=members, place=place):
+            pairs = {n: list(pair) for n, pair in base.items()}
+            for member in members:
+                pairs[member][place] = bits
+            return error(BitConfig.of(pairs))
+
+        *choices, most = stand.candidates[name][place]
+        expected = fit_literally(after, choices, most)
+        rows = table.to_frame().query("layer == @name and part == @part and bits != base_bits")
+        found = dict(zip(rows["bits"], rows["change"], strict=True))
+        assert found.keys() == expected.keys()
+        assert all(isclose(found[b], expected[b], rel_tol=1e-9) for b in choices)
+
+
+def test_stored_default_table_gives_the_policies_of_a_fresh_one(tmp_path):
+    stand = Stand((9, 4, 6), [((2, 3, 4, 5, 6),) * 2, ((3, 4, 6),) * 2, ((8,), (8,))])
+    error = made_up_error(0)
+    table = quick_table(stand, error)
+    table.save(file := tmp_path / "sensitivity.csv")
+    loaded = Sensitivity.load(file)
+    assert loaded == table and loaded.smoothed
+    assert loaded.smooth() == table  # it is a curve already
+    budgets = [460, 500, 600, 700]
+    assert front(stand, error, budgets, loaded) == front(stand, error, budgets)
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    table = table_of()
+    old = table.to_frame().drop(columns=["smoothed", "network", "images"])
+    old.to_csv(file := tmp_path / "sensitivity.csv", index=False)
+    assert Sensitivity.load(file) == replace(table, network="", images="")
+
+
+def change_weights(supernet):
+    with torch.no_grad():
+        supernet.layers["pointwise"].op.weight[0, 0] += 0.01
+
+
+def change_steps(supernet):
+    fit_steps(supernet, images(16).tensors[0])
+
+
+@pytest.mark.parametrize("measure", [quick_table, measure_sensitivity])
+@pytest.mark.parametrize("change", [change_weights, change_steps])
+def test_a_table_of_other_weights_or_steps_is_refused(tmp_path, supernet, measure, change):
+    x, y = images(16).tensors
+    error, budget = batch_error(supernet, x, y), bitops(supernet.table, supernet.uniform(3))
+    measure(supernet, error).save(file := tmp_path / "sensitivity.csv")
+    table = Sensitivity.load(file)
+    found = front(supernet, error, [budget], table)
+    # Other statistics, another layout and a copy are the same network.
+    recalibrate(supernet, images(32), found[0].config)
+    evaluate(supernet, images(8), found[0].config)
+    assert front(copy.deepcopy(supernet), error, [budget], table) == found
+    change(supernet)
+    for call in (
+        lambda: solve(supernet, table.smooth(), budget),
+        lambda: front(supernet, error, [budget], table),
+    ):
+        with pytest.raises(ValueError, match="measured with other weights or step sizes"):
+            call()
+    by_hand = replace(table, network="")
+    assert bitops(supernet.table, solve(supernet, by_hand, budget)) <= budget
+
+
+def test_a_table_tells_on_which_images_it_was_measured(supernet):
+    x, y = images(16).tensors
+    tables = [
+        measure_sensitivity(supernet, error)
+        for error in (
+            batch_error(supernet, x, y),
+            cache(kl_error(supernet, x.clone())),
+            batch_error(supernet, x + 1, y),
+            lambda config: sum(map(sum, config.values())),
+        )
+    ]
+    first, same, other, unknown = (table.images for table in tables)
+    assert first == same and len({first, other, unknown}) == 3 and unknown == ""
 
 
 def test_no_choice_leads_to_an_error_that_is_not_finite():
@@ -317,35 +482,12 @@ def test_table_comes_back_from_its_file(tmp_path, pairs, ties):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_sparse_table_measures_the_noisiest_change_and_comes_back_from_its_file(tmp_path):
-    stand, asked = Stand((9, 4, 6), [((2, 3, 4),) * 2, ((3, 4, 6),) * 2, ((8,), (8,))]), []
-
-    def error(config):
-        asked.append(config)
-        return sum(4.0**-w + 2 * 4.0**-a for w, a in config.values())
-
-    base = BitConfig.of({"l0": (3, 3), "l1": (3, 4), "l2": (8, 8)})
-    sparse = measure_sensitivity(stand, error, base, sparse=True)
-    assert len(asked) == 1 + 4
-    rows = sparse.to_frame().query("bits != base_bits").dropna(subset="error")
-    measured = set(rows[["layer", "part", "bits"]].itertuples(index=False, name=None))
-    expected = {("l0", "weight", 2), ("l0", "act", 2), ("l1", "weight", 6), ("l1", "act", 3)}
-    assert measured == expected
-    smooth = sparse.smooth()
-    assert all(isclose(smooth.predict(c), error(c)) for c in stand.every())
-    sparse.save(file := tmp_path / "sensitivity.csv")
-    assert Sensitivity.load(file).to_frame().equals(sparse.to_frame())
-    assert Sensitivity.load(file).smooth() == smooth
-
-
-def test_a_table_with_errors_that_were_not_measured_is_not_solved():
+def test_a_table_with_an_error_that_is_not_a_number_is_not_solved():
     stand = Stand((9, 4), [((2, 3, 4),) * 2] * 2)
-    sparse = measure_sensitivity(stand, made_up_error(0), sparse=True)
-    for call in (
-        lambda: solve(stand, sparse),
-        lambda: front(stand, made_up_error(0), [1e9], sparse, smooth=False),
-    ):
-        with pytest.raises(ValueError, match=r"not measured \(sparse=True\): use its smooth"):
+    table = measure_sensitivity(stand, made_up_error(0))
+    table = replace(table, errors=table.errors | {next(iter(table.errors)): nan})
+    for call in (lambda: solve(stand, table), lambda: front(stand, made_up_error(0), [1e9], table)):
+        with pytest.raises(ValueError, match="table holds NaN: measure it again"):
             call()
 
 
@@ -424,6 +566,11 @@ def damage(**columns):
         (damage(bits=2), "contradict"),
         (damage(layer=None), "column 'layer' has empty entries"),
         (damage(input_of="l7"), "ties"),
+        (damage(network="0" * 16), "'network' holds more than one value"),
+        (
+            lambda table, path: table.assign(smoothed="perhaps").to_csv(path, index=False),
+            "'smoothed' holds something else than True or False",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, write, message):
@@ -461,7 +608,6 @@ def test_what_is_not_allowed_is_named():
     table = measure_sensitivity(stand, error, base)
     for arguments, message in [
         ((base, dict(pairs="all")), "pairs='all' is not allowed: one of"),
-        ((base, dict(pairs="layers", sparse=True)), "sparse=True with pairs='layers'"),
         ((uneven.replace("l0", (5, 5)), {}), "base.'l0'. is not allowed|base.'l0'.=Bits"),
         ((uneven, dict(ties=[("l0", "l1")])), "tied layers have different bits"),
         ((base, dict(ties=[("l0", "l9")])), "name no layer of this network: .'l9'"),
@@ -475,10 +621,17 @@ def test_what_is_not_allowed_is_named():
         (dict(equal_bits=True), "layer 'l1' has no bits that weights and activations share"),
         (dict(near=base), "radius=None is not allowed"),
         (dict(near=base, radius=-1), "radius=-1 is not allowed"),
+        (dict(radius=True, near=base), "radius=True is not allowed"),
+        (dict(equal_bits=1), "equal_bits=1 is not allowed: True or False"),
+        (dict(budget=True), "budget=True is not allowed"),
     ]:
         with pytest.raises(ValueError, match=message):
             solve(stand, table, **options)
-    for budgets in ([], 3e9, "3e9"):
+    for options in (dict(smooth=1), dict(equal_bits="yes")):
+        for search in (assignment, partial(front, budgets=[1e9])):
+            with pytest.raises(ValueError, match=r"=.* is not allowed: True or False"):
+                search(stand, error, **options)
+    for budgets in ([], 3e9, "3e9", None, numpy.array(3e9), numpy.float64(3e9), torch.tensor(3e9)):
         with pytest.raises(ValueError, match=r"budgets=.* is not allowed: one or more BitOPs"):
             front(stand, error, budgets)
     with pytest.raises(ValueError, match=r"table='a.csv' is no Sensitivity: read a file by"):
@@ -487,11 +640,25 @@ def test_what_is_not_allowed_is_named():
         assignment(stand, error, base=base, rounds=-1)
 
 
+@pytest.mark.parametrize("budgets", [numpy.array([300.0, 400.0]), torch.tensor([300.0]).tolist()])
+def test_budgets_come_from_numpy_too(budgets):
+    stand, error = Stand((9, 4, 6), [((2, 3, 4),) * 2] * 3), made_up_error(0)
+    assert front(stand, error, budgets) == front(stand, error, list(map(float, budgets)))
+
+
+def test_a_refused_limit_is_written_with_all_digits():
+    stand = Stand((4434567, 1), [((1,), (1,))] * 2)
+    with pytest.raises(ValueError, match=r"budget=4434567\.5 .* at least 4434568 "):
+        front(stand, made_up_error(0), [4434567.5])
+    with pytest.raises(ValueError, match=r"budget=4434567\.5 .* at least 4434568 "):
+        front(stand, made_up_error(0), [numpy.float64(4434567.5)])
+
+
 def test_assignment_searches_a_supernet(supernet):
     error = batch_error(supernet, *images(32, seed=2).tensors)
     budget = (bitops(supernet.table, supernet.uniform(3)) + 1) // 1
     path = assignment(supernet, error, budget, rounds=1)
-    assert path[0].config == supernet.uniform(3)
+    assert path[0].config == largest(supernet.candidates)
     assert path[-1].bitops <= budget and path[-1].error == error(path[-1].config)
     size = model_size(supernet.table, supernet.uniform(2)) * 1.2
     found = assignment(supernet, error, size=size, equal_bits=True)[-1].config

@@ -84,3 +84,17 @@ def test_a_restricted_network_shares_all_but_the_choices(supernet):
     config = smallest(view.candidates)
     assert torch.equal(view(x, config), supernet(x, config))
     assert len(evaluate_all(view, batch_error(view, x, y))) == 4
+
+
+@pytest.mark.parametrize("value", [True, "1", None, -1, 2.5])
+def test_what_is_no_number_in_its_limits_is_refused(supernet, value):
+    stand, error = Stand((9, 4), [((2, 3, 4),) * 2] * 2), made_up_error(0)
+    with pytest.raises(ValueError, match=f"mutation={value!r} is not allowed: a number from 0"):
+        evolution(stand, error, 1e9, 10, seeded(0), mutation=value)
+    for name in ("evaluations", "population"):
+        options = {"evaluations": 10} | {name: value}
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not allowed: a whole number"):
+            evolution(stand, error, 1e9, generator=seeded(0), **options)
+    message = f"layers={value!r} is not allowed: a whole number from 0 to"
+    with pytest.raises(ValueError, match=message):
+        restrict(supernet, value, (2, 4))

@@ -1,5 +1,7 @@
 """A run that goes on from the last one against one from the start."""
 
+import copy
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -8,10 +10,12 @@ from conftest import Normalised, TinyNet, images
 from torch import nn
 
 from mpqlib import models
-from mpqlib.network.bits import BitConfig, Bits, sample
+from mpqlib.network.bits import BitConfig, Bits, largest, sample
 from mpqlib.network.supernet import Supernet
-from mpqlib.search.error import Incremental, batch_error
+from mpqlib.search.error import Incremental, batch_error, kl_error
+from mpqlib.search.proxies import noise_error
 from mpqlib.training.calibration import fit_steps
+from mpqlib.training.evaluation import recalibrate
 from mpqlib.training.loop import TrainConfig, train
 
 
@@ -190,3 +194,157 @@ def test_an_interrupted_pass_leaves_no_outputs_of_two_configurations(supernet):
 def test_a_float_model_is_refused():
     with pytest.raises(ValueError, match="supernet is a TinyNet: a Supernet is needed"):
         batch_error(TinyNet(), *images(8).tensors)
+
+
+def run_with_batch_statistics(supernet, x, config=None):
+    """Logits in float64; each batch norm is a copy that normalises by the batch."""
+    plain = copy.deepcopy(supernet).eval()
+    for norm in plain.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.train()
+    with torch.no_grad():
+        return plain(x, config).double()
+
+
+def kl_literally(target, logits):
+    """Mean over images of sum of p log(p / q), from logits, number by number."""
+    total = 0.0
+    for row_p, row_q in zip(target.tolist(), logits.tolist(), strict=True):
+        p, q = ([math.exp(v) for v in row] for row in (row_p, row_q))
+        p, q = ([v / sum(row) for v in row] for row in (p, q))
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    return total / len(target)
+
+
+@pytest.mark.parametrize("reference", [None, "largest", "float"])
+def test_kl_divergence_from_the_reference(supernet, reference):
+    x = images(16).tensors[0]
+    supernet.train()(images(32).tensors[0])  # running statistics unlike those of the batch
+    options = {"reference": reference} if reference else {}
+    error = kl_error(supernet, x, **options)
+    if reference == "float":
+        with torch.no_grad():
+            target = supernet.eval()(x).double()
+    else:
+        target = run_with_batch_statistics(supernet, x, largest(supernet.candidates))
+        assert error(largest(supernet.candidates)) == 0
+    for bits in (2, 3, 2):
+        config = supernet.uniform(bits).replace("pointwise", (4, 2))
+        expected = kl_literally(target, run_with_batch_statistics(supernet, x, config))
+        assert error(config) == pytest.approx(expected, rel=1e-4)
+        assert expected > 1e-4
+
+
+def test_kl_error_names_what_is_not_allowed(supernet):
+    x = images(8).tensors[0]
+    with pytest.raises(ValueError, match="reference='teacher' is not allowed: one of"):
+        kl_error(supernet, x, "teacher")
+    with pytest.raises(ValueError, match="x holds no images"):
+        kl_error(supernet, x[:0])
+    with pytest.raises(ValueError, match="a Supernet is needed"):
+        kl_error(TinyNet(), x)
+
+
+def test_float_reference_needs_statistics_of_its_own(supernet):
+    x = images(16).tensors[0]
+    train(supernet, images(32), TrainConfig(epochs=1, batch_size=16, lr=0.1))
+    with pytest.raises(ValueError, match="float mode after one-shot training"):
+        kl_error(supernet, x, "float")
+    recalibrate(supernet, images(32), None)
+    assert kl_error(supernet, x, "float")(supernet.uniform(3)) > 0
+
+
+ERRORS = {
+    "cross-entropy": lambda supernet, x, y: batch_error(supernet, x, y),
+    "largest": lambda supernet, x, y: kl_error(supernet, x),
+    "float": lambda supernet, x, y: kl_error(supernet, x, "float"),
+    "noise": lambda supernet, x, y: noise_error(supernet, x),
+}
+
+
+def assign_state(supernet, x):
+    state = {n: t * 1.5 if n.endswith("op.weight") else t for n, t in supernet.state_dict().items()}
+    supernet.load_state_dict(state, assign=True)
+
+
+def replace_weight(supernet, x):
+    op = supernet.layers["pointwise"].op
+    op.weight = nn.Parameter(op.weight.detach() * 1.5)
+
+
+def set_data(supernet, x):
+    weight = supernet.layers["pointwise"].op.weight
+    weight.data = weight.data * 1.5
+
+
+CHANGES = {
+    "assigned state": assign_state,
+    "replaced weight": replace_weight,
+    "data set": set_data,
+    "images": lambda supernet, x: x[:, 0].mul_(3),
+    "statistics": lambda supernet, x: recalibrate(supernet, images(32), None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_are_computed_anew_after_every_kind_of_change(supernet, name, change):
+    (x, y), config = images(16).tensors, supernet.uniform(2)
+    error = ERRORS[name](supernet, x, y)
+    before = error(config)
+    CHANGES[change](supernet, x)
+    expected = ERRORS[name](supernet, x, y)(config)
+    assert error(config) == expected
+    changed = change != "statistics" or name == "float"
+    assert (expected != pytest.approx(before, rel=1e-4)) == changed
+
+
+class Scaled(nn.Module):
+    """TinyNet, whose logits a parameter and a buffer of its own scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = TinyNet(), nn.Parameter(torch.ones(3))
+        self.register_buffer("shift", torch.zeros(3))
+
+    def forward(self, x):
+        return self.net(x) * self.scale + self.shift
+
+
+@pytest.mark.parametrize("name", ["scale", "shift"])
+@pytest.mark.parametrize("assign", [True, False])
+def test_parameters_and_buffers_of_the_network_itself_are_read_anew(name, assign):
+    (x, y) = images(16).tensors
+    supernet = Supernet(Scaled(), x, (2, 4))
+    error, config = batch_error(supernet, x, y), supernet.uniform(2)
+    before = error(config)
+    state = supernet.state_dict()
+    state[f"model.{name}"] = state[f"model.{name}"] + torch.arange(3)
+    supernet.load_state_dict(state, assign=assign)
+    assert error(config) == batch_error(supernet, x, y)(config) != before
+
+
+def test_a_network_in_another_type_than_the_images_is_refused(supernet):
+    x, y = images(16).tensors
+    error, config = batch_error(supernet, x, y), supernet.uniform(2)
+    error(config)
+    supernet.double()
+    with pytest.raises(RuntimeError, match="type"):
+        error(config)
+    exact = batch_error(supernet, x.double(), y)(config)
+    supernet.float()
+    assert error(config) == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_16_bit_networks_are_as_fine_as_float32(supernet, name, dtype):
+    x, y = images(16).tensors
+    supernet.to(dtype).eval()
+    x = x.to(dtype)
+    error, config = ERRORS[name](supernet, x, y), supernet.uniform(2)
+    value = error(config)
+    assert float(torch.tensor(value, dtype=dtype)) != value  # no number of 16 bits
+    if name == "cross-entropy":
+        logits = run_with_batch_statistics(supernet, x, config)
+        assert value == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-5)

@@ -265,7 +265,7 @@ def test_size_alone_and_both_limits_are_kept(layers, seed, share, size_share, we
 
 def test_a_size_out_of_reach_is_refused():
     stand = Stand((1_000_000,), [((2, 4),) * 2])
-    with pytest.raises(ValueError, match=r"size=2e\+05 \(0\.2 MB\) is not allowed"):
+    with pytest.raises(ValueError, match=r"size=200000\.0 \(0\.2 MB\) is not allowed"):
         greedy(stand, made_up_error(0), size=0.2e6)
 
 

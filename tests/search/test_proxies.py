@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,15 +222,18 @@ def test_tied_layers_change_together():
 def test_tables_and_inputs_that_do_not_fit_are_refused(supernet):
     x, y = images(12).tensors
     error = noise_error(supernet, x)
-    sparse = measure_sensitivity(supernet, error, largest(supernet.candidates), sparse=True)
-    with pytest.raises(ValueError, match="lacks errors that were not measured"):
-        lower_by_list(supernet, sparse, 1e9)
+    table = measure_sensitivity(supernet, error, largest(supernet.candidates))
+    broken = replace(table, errors=table.errors | {next(iter(table.errors)): math.nan})
+    with pytest.raises(ValueError, match="table holds NaN"):
+        lower_by_list(supernet, broken, 1e9)
     with pytest.raises(ValueError, match="table is a function: pass one of measure_sensitivity"):
         lower_by_list(supernet, error, 1e9)
     with pytest.raises(ValueError, match="does not start from the largest bits"):
         lower_by_list(supernet, measure_sensitivity(supernet, error, supernet.uniform(2)), 1e9)
-    with pytest.raises(ValueError, match="probes=0 is not allowed"):
-        hessian_traces(supernet, x, y, 0)
+    for options in (dict(probes=0), dict(probes=True), dict(batch_size=0), dict(batch_size=True)):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name}={value} is not allowed: a whole number"):
+            hessian_traces(supernet, x, y, **options)
     with pytest.raises(ValueError, match="x holds 1 images"):
         similarities(supernet, x[:1])
     with pytest.raises(ValueError, match=r"outputs of .* are not finite"):

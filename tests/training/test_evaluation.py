@@ -460,3 +460,14 @@ def test_a_step_size_that_is_zero_or_not_finite_is_named(supernet, dataset, part
         evaluate(supernet, dataset, largest(supernet.candidates), calibration=dataset)
     with pytest.raises(FloatingPointError, match=message):
         train(supernet, dataset, TrainConfig(epochs=1, batch_size=16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_of_a_16_bit_network_does_not_depend_on_the_batch_size(dtype):
+    torch.manual_seed(0)
+    x, y = images(48).tensors
+    dataset, model = TensorDataset(x.to(dtype), y), TinyNet().to(dtype).eval()
+    with torch.no_grad():
+        expected = float(nn.functional.cross_entropy(model(x.to(dtype)).double(), y))
+    for batch_size in (1, 7, 48):
+        assert evaluate(model, dataset, batch_size=batch_size).loss == pytest.approx(expected, 1e-3)
