@@ -62,12 +62,12 @@ def quantize_weight(weight: Tensor, bits: int, granularity: str, deviations: flo
 def butterworth(share: Tensor, full: int, order: int) -> Tensor:
     """A soft cut after the share `share` (a scalar, 0 to 1) of `full` components, shape (full,).
 
-    T_i = 1 / sqrt(1 + (f_i / share)^(2 order)) with f_i = i / full, divided by its (detached)
-    largest value. Source: CoRa.
+    T_i = 1 / sqrt(1 + (f_i / share)^(2 order)) with f_i = i / full, for i = 0 ... full - 1. So the
+    first component is kept whole, and the hard cut at large orders keeps ceil(share * full).
+    Source: CoRa; its release also divides by the largest T_i, which is 1.
     """
-    f = torch.arange(1, full + 1, dtype=share.dtype, device=share.device) / full
-    kernel = (1 + (f / share) ** (2 * order)).rsqrt()
-    return kernel / kernel.max().detach()
+    f = torch.arange(full, dtype=share.dtype, device=share.device) / full
+    return (1 + (f / share) ** (2 * order)).rsqrt()
 
 
 class AdaptedConv2d(nn.Module):
