@@ -34,7 +34,8 @@ def round_to_grid(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Rounds x to 2^bits equidistant values from about `low` to about `high`; same shape.
 
     Asymmetric, with zero among the values: the range is widened to hold it. `low`, `high`: of a
-    shape that broadcasts to that of x.
+    shape that broadcasts to that of x. The zero point is rounded. CoRa's release truncates it, and
+    so may lose almost one step at the low end instead of half a step at most.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / (2**bits - 1)
@@ -47,8 +48,9 @@ def quantize_weight(weight: Tensor, bits: int, granularity: str, deviations: flo
     """Rounds a weight (out, ...) to `bits`; same shape. FLOAT_BITS leave it as it is.
 
     One range a "tensor", or one a "channel" of the output: mean plus and minus `deviations`
-    standard deviations, but not beyond the weights themselves. Source: CoRa's release, which has
-    one range a tensor.
+    standard deviations, but not beyond the weights themselves. Source: CoRa's release. It has one
+    range a tensor, and divides by n - 1 in the standard deviation; ours divides by n. This can
+    matter with one range a channel alone, where a depth-wise filter has nine weights.
     """
     if bits == FLOAT_BITS:
         return weight

@@ -56,7 +56,8 @@ TABLE_COLUMNS = {  # columns that the table shows: column -> head
 
 # Options of `cora` that the studies do not set themselves: of the weights, and of the search
 WEIGHT_OPTIONS = ("granularity", "deviations", "recalibrate")
-SEARCH_OPTIONS = ("iterations", "batch_size", "lr", "clip", "gamma", "order", "start")
+SEARCH_OPTIONS = ("iterations", "batch_size", "norms_per_batch", "lr", "clip", "gamma")
+SEARCH_OPTIONS += ("order", "start")
 SIZE_STUDIES = ("depth-wise", "mixed")
 # Settings without a meaning for PRETRAINED
 OF_TRAINING = ("image_size", "train_images", "calibration_images", "training")

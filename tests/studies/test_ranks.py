@@ -214,6 +214,52 @@ def test_a_seed_gives_the_same_ranks():
     assert all(0 < share <= 1 for share in shares(0).values())
 
 
+def searched_shares(monkeypatch, subject: nn.Module, **options) -> tuple[dict, Adapted]:
+    """The shares that the search of `cora` finds, and its result."""
+    found = []
+
+    def kept(*arguments, **how):
+        found.append(search(*arguments, **how))
+        return found[-1]
+
+    search = ranks.search_ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "search_ranks", kept)
+        adapted = cora(subject, images(32), 2, 0.5, **QUICK | options)
+    return found[0], adapted
+
+
+def test_norms_per_batch_search_without_the_stored_statistics(monkeypatch):
+    shifted = network()
+    shifted.stem[1].running_mean.add_(2)
+    plain, _ = searched_shares(monkeypatch, network())
+    assert searched_shares(monkeypatch, shifted)[0] != plain
+    found, adapted = searched_shares(monkeypatch, shifted, norms_per_batch=True)
+    assert found == searched_shares(monkeypatch, network(), norms_per_batch=True)[0] != plain
+    norm = adapted.network.stem[1]
+    assert torch.equal(norm.running_mean, shifted.stem[1].running_mean)
+    assert not norm.training and norm.track_running_stats
+
+
+class Half(TinyNet):
+    """Returns its logits in bfloat16, or the same numbers in float32."""
+
+    def __init__(self, dtype: torch.dtype):
+        torch.manual_seed(0)
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return super().forward(x).bfloat16().to(self.dtype)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_losses_of_logits_in_bfloat16_are_computed_in_float32(monkeypatch, teacher):
+    subjects = Half(torch.bfloat16), Half(torch.float32)
+    half, single = (searched_shares(monkeypatch, s, teacher=teacher)[0] for s in subjects)
+    assert half == single
+
+
 def test_a_loss_that_is_not_finite_stops_the_search():
     with pytest.raises(FloatingPointError, match="the loss of the rank search"):
         cora(network(), images(16), bits=3, budget=0.5, gamma=1e300, **QUICK)
@@ -318,6 +364,7 @@ def test_a_search_runs_in_inference_mode():
         (dict(seed=0.5), "seed=0.5"),
         (dict(seed=2**63), f"seed={2**63} is not allowed: at most"),
         (dict(teacher="no"), "teacher='no' is not allowed: True or False"),
+        (dict(norms_per_batch=1), "norms_per_batch=1 is not allowed: True or False"),
         (dict(device="abacus"), "abacus"),
     ],
 )
