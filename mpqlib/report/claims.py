@@ -95,10 +95,10 @@ def image_differences(metrics: pd.DataFrame, claim: Claim) -> np.ndarray:
 
 
 def shared_covariance(metrics: pd.DataFrame, claim: Claim) -> tuple[str, float]:
-    """How the images that units share are treated, one of SHARED_IMAGES, and the covariance of two units.
+    """How the images that units share are treated, one of SHARED_IMAGES, and the units' covariance.
 
-    It is measured where the run stores which images are classified correctly, and bounded where it
-    stores top-1 with its interval. For other measures on images it is not known.
+    The covariance is measured where the run stores which images are classified correctly, and
+    bounded where it stores top-1 with its interval. For other measures on images it is not known.
     """
     if not claim.shares_images:
         return "none", 0.0

@@ -11,6 +11,7 @@ import torch
 from conftest import TinyNet, images
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from mpqlib import models
 from mpqlib.network.bits import Candidates
@@ -215,6 +216,18 @@ def test_mixed_arms_have_at_most_the_same_size(subject):
     assert rows.loc["equal bits", "equivalent_bits"] == 5
     assert rows["bits"].notna()["equal bits"] and rows["bits"].isna()["mixed bits"]
     assert rows.loc["mixed bits, adapters", "added_percent"] > 0
+
+
+def test_mixed_arms_are_chosen_on_the_first_calibration_images_alone(subject):
+    how = dict(equal_bits=5, budget=0.25, bits=[2, 3, 4, 5, 6, 7], images=16)
+    chosen = study.mixed_arms(subject, **how)
+    x, y = (t.clone() for t in subject.calibration.tensors)
+    x[16:] = torch.randn_like(x[16:]) * 9
+    late = replace(subject, calibration=TensorDataset(x, y), test=images(24, seed=5))
+    assert study.mixed_arms(late, **how) == chosen
+    flat = {name: value.roll(1, 0) for name, value in zip("xy", (x, y), strict=True)}
+    early = replace(subject, calibration=TensorDataset(flat["x"], y), test=subject.test)
+    assert study.mixed_arms(early, **how) != chosen
 
 
 def test_pictures_and_table_show_every_arm(subject):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -91,6 +92,48 @@ def test_ranks_keep_their_proportions():
     assert ranks.fit_ranks([1.0, 2.0, 4.0], [100] * 3, [1] * 3, 70) == [10, 20, 40]
     assert ranks.fit_ranks([3.0, 3.0, 3.0], [100] * 3, [1] * 3, 10) in ([4, 3, 3], [3, 4, 3])
     assert ranks.fit_ranks([1e-9, 5.0], [8, 8], [1, 1], 9) == [1, 8]
+
+
+def test_ranks_are_rounded_up_and_the_rest_goes_to_the_nearest():
+    # At the factor 1: 2 and 5. Rounded down, 1 and 6 would fit as well.
+    assert ranks.fit_ranks([1.5, 5.0], [100] * 2, [1, 1], 7) == [2, 5]
+    # At the factor 1: 2, 2 and 2, of 2, 2 and 1.5 wanted. One weight is left: the first one needs
+    # five, and the second one is nearest to its next rank.
+    assert ranks.fit_ranks([2.0, 2.0, 1.5], [100] * 3, [5, 1, 1], 15) == [2, 3, 2]
+    assert ranks.fit_ranks([2.0, 1.5, 2.0], [100] * 3, [5, 1, 1], 15) == [2, 2, 3]
+    # Two are left: once each, and none beyond the full rank
+    assert ranks.fit_ranks([2.0, 2.0, 1.5], [100] * 3, [5, 1, 1], 16) == [2, 3, 3]
+    assert ranks.fit_ranks([2.0, 2.0, 1.5], [2] * 3, [5, 1, 1], 13) == [2, 2, 1]
+
+
+def test_the_smallest_budget_that_an_error_names_is_allowed():
+    with pytest.raises(ValueError, match="at least") as found:
+        cora(network(), images(16), budget=0.01, iterations=0)
+    least = float(re.search(r"at least ([\d.]+)", str(found.value))[1])
+    assert set(cora(network(), images(16), budget=least, iterations=0).ranks.values()) == {1}
+
+
+def test_the_penalty_counts_the_weights_of_all_adapters(monkeypatch):
+    seen = []
+
+    def kept(logits, targets, spent, *others):
+        seen.append((spent.item(), sum(conv.share.item() * full[n] for n, conv in convs.items())))
+        return loss(logits, targets, spent, *others)
+
+    loss = ranks.rank_loss
+    monkeypatch.setattr(ranks, "rank_loss", kept)
+    adapted = Adapted(network(), torch.randn(1, 3, 8, 8), 3)
+    # Numbers that an adapter of full rank stores, over those of all convolutions
+    full = {n: c.left.numel() + c.right.numel() for n, c in adapted.convs.items()}
+    full = {n: count / (8 * 27 + 8 * 9 + 12 * 8) for n, count in full.items()}
+    convs = {name: adapted.convs[name] for name in ("stem.0", "pointwise")}
+    for conv in convs.values():
+        conv.cut_softly(0.5, order=4)
+    x, y = images(16).tensors
+    ranks.search_ranks(adapted, convs, x, y, 0.1, iterations=4, batch_size=16)
+    for spent, expected in seen:
+        assert spent == pytest.approx(expected)
+    assert len({spent for spent, _ in seen}) == 4
 
 
 def test_gradients_reach_the_shares_alone():
@@ -199,6 +242,30 @@ def test_norms_are_recalibrated_on_the_calibration_images():
     assert torch.allclose(adapted.network.stem[1].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
     kept = cora(subject, dataset, bits=2, budget=0)
     assert torch.equal(kept.network.stem[1].running_mean, subject.stem[1].running_mean)
+
+
+def test_recalibrated_norms_do_not_depend_on_the_stored_statistics(monkeypatch):
+    # As after training: PyTorch's cumulative average would go on counting the batches
+    trained = network()
+    for norm in (trained.stem[1], trained.norm):
+        norm.running_mean.add_(2)
+        norm.running_var.mul_(9)
+        norm.num_batches_tracked.fill_(1000)
+    found, adapted = searched_shares(monkeypatch, trained, recalibrate=True)
+    expected, fresh = searched_shares(monkeypatch, network(), recalibrate=True)
+    assert found == expected  # the search sees norms that are measured again
+    assert found != searched_shares(monkeypatch, trained)[0]
+    for norm, other in zip(*(m.network.modules() for m in (adapted, fresh)), strict=True):
+        if isinstance(norm, nn.BatchNorm2d):
+            assert torch.equal(norm.running_mean, other.running_mean)
+            assert torch.equal(norm.running_var, other.running_var)
+            assert (norm.momentum, norm.training) == (0.1, False)
+
+
+def test_norms_are_recalibrated_in_batches_of_about_128():
+    for count, batches in ((100, 1), (129, 2), (300, 3)):
+        adapted = cora(network(), images(count), bits=2, budget=0, recalibrate=True)
+        assert int(adapted.network.norm.num_batches_tracked) == batches
 
 
 def test_a_seed_gives_the_same_ranks():
