@@ -10,10 +10,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from ..files import save_atomically
-from .intervals import t_interval
+from .intervals import (
+    correct_shares,
+    covariance_bound,
+    image_count,
+    image_covariance,
+    t_interval,
+)
 from .paper import FINDINGS, PAPER, Claim, Listed
 from .results import results_table
 from .runs import checkout, has_earlier_rules
@@ -30,11 +37,21 @@ WORDS = {  # source of a claim -> status if the interval lies on the claimed sid
 # Of the checkout that the current folder lies in, or else of the one that this package lies in.
 RESULTS = (checkout(Path.cwd()) or checkout(Path(__file__)) or Path()) / "results"
 
+# How an interval treats the images that units share -> what the pages say behind their number
+SHARED_IMAGES = {
+    "none": "",
+    "resampled": " and their images",
+    "bounded": ", images bounded",
+    "ignored": ", images ignored",
+}
 HEADS = "claim", "paper", "measured", "difference [95%]", "n", "status"
 
 
 class Assessment(NamedTuple):
-    """Means of both arms, their paired difference with its 95% interval, pairs, and the status."""
+    """Means of both arms, their paired difference with its 95% interval, pairs, and the status.
+
+    `shared`: how the interval treats the images that units share, one of SHARED_IMAGES.
+    """
 
     arm: float
     base: float
@@ -42,14 +59,22 @@ class Assessment(NamedTuple):
     low: float
     high: float
     n: int
+    shared: str
     status: str
+
+
+def rows_of(metrics: pd.DataFrame, claim: Claim) -> pd.DataFrame:
+    """The rows of the metrics that the claim compares, without those that were not measured."""
+    for column, entry in claim.where.items():
+        metrics = metrics[metrics[column] == entry]
+    return metrics[metrics["arm"].isin([claim.arm, claim.base])].dropna(subset=claim.value)
 
 
 def pairs(metrics: pd.DataFrame, claim: Claim) -> pd.DataFrame:
     """The values of both arms, one row per unit; raises ValueError if a unit lacks an arm."""
-    for column, entry in claim.where.items():
-        metrics = metrics[metrics[column] == entry]
-    values = metrics.pivot_table(index=claim.unit, columns="arm", values=claim.value)
+    values = rows_of(metrics, claim).pivot_table(
+        index=claim.unit, columns="arm", values=claim.value
+    )
     if missing := {claim.arm, claim.base} - set(values):
         raise ValueError(f"no rows of arm {sorted(missing)} for the claim {claim.text!r}")
     values = values[[claim.arm, claim.base]]
@@ -58,32 +83,68 @@ def pairs(metrics: pd.DataFrame, claim: Claim) -> pd.DataFrame:
     return values
 
 
-def status(claim: Claim, low: float, high: float, n: int) -> str:
+def image_differences(metrics: pd.DataFrame, claim: Claim) -> np.ndarray:
+    """Arm minus base in % for each unit and image, (units, images); NaN: not tested by the unit.
+
+    `metrics`: with the column `correct`, written by `correct_text`.
+    """
+    rows = rows_of(metrics, claim)
+    texts = rows["correct"].str.pad(rows["correct"].str.len().max(), "right", "-")
+    found = texts.groupby([rows["arm"], rows[claim.unit]]).apply(correct_shares)
+    return 100 * np.stack(found[claim.arm] - found[claim.base])
+
+
+def shared_covariance(metrics: pd.DataFrame, claim: Claim) -> tuple[str, float]:
+    """How the images that units share are treated, one of SHARED_IMAGES, and the units' covariance.
+
+    The covariance is measured where the run stores which images are classified correctly, and
+    bounded where it stores top-1 with its interval. For other measures on images it is not known.
+    """
+    if not claim.shares_images:
+        return "none", 0.0
+    rows = rows_of(metrics, claim)
+    if claim.value != "top1" or "top1_low" not in rows or rows["top1_low"].isna().any():
+        return "ignored", 0.0
+    if "correct" in rows and rows["correct"].notna().all() and rows[claim.unit].nunique() > 1:
+        return "resampled", image_covariance(image_differences(metrics, claim))
+    images = min(map(image_count, rows["top1"], rows["top1_low"], rows["top1_high"]))
+    arm, base = (values.mean() / 100 for values in pairs(metrics, claim).T.to_numpy())
+    return "bounded", 100**2 * covariance_bound(arm, base, images)
+
+
+def status(claim: Claim, low: float, high: float, n: int, shared: str = "none") -> str:
     """The status of a claim whose paired difference has the 95% interval from `low` to `high`.
 
     *reproduced* (ours: *holds*): the interval excludes zero, and the difference has the claimed
     sign. *contradicted* (ours: *does not hold*): it excludes zero, with the opposite sign.
-    *undecided*: it holds zero. *not tested*: fewer than LEAST units. If the claim has a margin, the
-    margin replaces zero.
+    *undecided*: it holds zero, or it is too narrow, because it ignores that units share images.
+    *not tested*: fewer than LEAST units. If the claim has a margin, the margin replaces zero.
+    `shared`: one of SHARED_IMAGES.
     """
     if n < LEAST:
         return "not tested"
     yes, no = WORDS[claim.source]
     # Both bounds in the claimed direction
     worst, best = sorted((claim.sign * low, claim.sign * high))
+    if shared == "ignored":
+        return "undecided"
     if worst > -claim.margin:
         return yes
     return no if best < -claim.margin else "undecided"
 
 
 def assess(metrics: pd.DataFrame, claim: Claim) -> Assessment:
-    """Judges a claim by the metrics of a run: the paired t-interval over its units."""
+    """Judges a claim by the metrics of a run: the paired t-interval over its units.
+
+    The interval includes the chance of the images that units share (see `shared_covariance`).
+    """
     values = pairs(metrics, claim)
     # Rounding: 0.1 + 0.2 - 0.3 has no direction
     differences = (values[claim.arm] - values[claim.base]).round(9)
-    n = len(differences)
-    mean, low, high = (round(bound, 9) for bound in t_interval(differences))
-    return Assessment(*map(float, values.mean()), mean, low, high, n, status(claim, low, high, n))
+    n, (shared, covariance) = len(differences), shared_covariance(metrics, claim)
+    mean, low, high = (round(bound, 9) for bound in t_interval(differences, covariance))
+    found = status(claim, low, high, n, shared)
+    return Assessment(*map(float, values.mean()), mean, low, high, n, shared, found)
 
 
 def differences(
@@ -92,7 +153,8 @@ def differences(
     """Assesses every other arm against `base`, paired by seed: one row per arm and group.
 
     `value`: the column to compare. `by`: one or more columns; each combination of their entries is
-    a group. Columns: `compared` (the arm), those of `by`, and those of Assessment.
+    a group. Columns: `compared` (the arm), those of `by`, and those of Assessment, so intervals
+    are those that claims are judged by.
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
     arms = [arm for arm in metrics["arm"].unique() if arm != base]
@@ -113,6 +175,8 @@ def explained(found: Assessment, claim: Claim) -> str:
     """The status in words; if undecided, with the largest claimed effect that is not excluded."""
     if found.status == "not tested":
         return f"*not tested*: {counted(found.n, claim.unit)}, at least {LEAST} needed"
+    if found.status == "undecided" and found.shared == "ignored":
+        return "*undecided*: the interval is too narrow"
     if found.status == "undecided":
         side, bound = ("above", found.high) if claim.sign > 0 else ("below", found.low)
         return f"*undecided*, {side} \u2248 {bound:+.2g} excluded"
@@ -125,12 +189,13 @@ def cells(metrics: pd.DataFrame, claim: Claim, link: str = "") -> list[str]:
     `link`: to the run, stands behind the number of units.
     """
     found = assess(metrics, claim)
+    units = counted(found.n, claim.unit) + SHARED_IMAGES[found.shared]
     return [
         claim.text,
         "our own finding" if claim.source == "ours" else claim.paper,
         f"{claim.arm} \u2248 {found.arm:.3g}, {claim.base} \u2248 {found.base:.3g}",
         f"\u2248 {found.difference:+.2g} [{found.low:+.2g}, {found.high:+.2g}]",
-        ", ".join(filter(None, [counted(found.n, claim.unit), link])),
+        ", ".join(filter(None, [units, link])),
         explained(found, claim),
     ]
 
@@ -205,11 +270,19 @@ Each claim of a paper is judged by one measure on one run: the largest there is,
 result. The difference is arm minus base, paired by seed, with its 95% t-interval. *Reproduced*: the
 interval excludes zero and the difference has the claimed sign. *Contradicted*: it excludes zero,
 with the opposite sign. *Undecided*: it holds zero; the table says which effects it excludes. *Not
-tested*: no run judges it yet, or there are fewer than {LEAST} seeds. *Earlier rules*: the run was
-made before the training rules were those of RFQuant's release. These runs use small networks and
-data sets. None was trained on ImageNet; EfficientNet-Lite0 came with weights that others trained
-there. The papers' figures were taken from summaries by others and are not yet checked against the
-papers.
+tested*: no run judges it yet, or there are fewer than {LEAST} seeds.
+
+An interval is about networks that are trained or calibrated anew, and tested on new images. But all
+seeds of a run are tested on the same images, or on some of the same. So the column n says how the
+interval treats them. *Seeds and their images*: it counts the chance of both. *Images bounded*: the
+run stores its top-1 alone, so the interval takes the largest chance of the images that this top-1
+allows. *Images ignored*: the interval counts the seeds alone and is too narrow, so the claim stays
+undecided. The images to train and calibrate on are those of the run in any case.
+
+*Earlier rules*: the run was made before the training rules were those of RFQuant's release. These
+runs use small networks and data sets. None was trained on ImageNet; EfficientNet-Lite0 came with
+weights that others trained there. The papers' figures were taken from summaries by others and are
+not yet checked against the papers.
 """
 
 

@@ -34,7 +34,8 @@ def round_to_grid(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Rounds x to 2^bits equidistant values from about `low` to about `high`; same shape.
 
     Asymmetric, with zero among the values: the range is widened to hold it. `low`, `high`: of a
-    shape that broadcasts to that of x.
+    shape that broadcasts to that of x. The zero point is rounded. CoRa's release truncates it, and
+    so may lose almost one step at the low end instead of half a step at most.
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low) / (2**bits - 1)
@@ -47,8 +48,9 @@ def quantize_weight(weight: Tensor, bits: int, granularity: str, deviations: flo
     """Rounds a weight (out, ...) to `bits`; same shape. FLOAT_BITS leave it as it is.
 
     One range a "tensor", or one a "channel" of the output: mean plus and minus `deviations`
-    standard deviations, but not beyond the weights themselves. Source: CoRa's release, which has
-    one range a tensor.
+    standard deviations, but not beyond the weights themselves. Source: CoRa's release. It has one
+    range a tensor, and divides by n - 1 in the standard deviation; ours divides by n. This can
+    matter with one range a channel alone, where a depth-wise filter has nine weights.
     """
     if bits == FLOAT_BITS:
         return weight
@@ -62,12 +64,12 @@ def quantize_weight(weight: Tensor, bits: int, granularity: str, deviations: flo
 def butterworth(share: Tensor, full: int, order: int) -> Tensor:
     """A soft cut after the share `share` (a scalar, 0 to 1) of `full` components, shape (full,).
 
-    T_i = 1 / sqrt(1 + (f_i / share)^(2 order)) with f_i = i / full, divided by its (detached)
-    largest value. Source: CoRa.
+    T_i = 1 / sqrt(1 + (f_i / share)^(2 order)) with f_i = i / full, for i = 0 ... full - 1. So the
+    first component is kept whole, and the hard cut at large orders keeps ceil(share * full).
+    Source: CoRa; its release also divides by the largest T_i, which is 1.
     """
-    f = torch.arange(1, full + 1, dtype=share.dtype, device=share.device) / full
-    kernel = (1 + (f / share) ** (2 * order)).rsqrt()
-    return kernel / kernel.max().detach()
+    f = torch.arange(full, dtype=share.dtype, device=share.device) / full
+    return (1 + (f / share) ** (2 * order)).rsqrt()
 
 
 class AdaptedConv2d(nn.Module):

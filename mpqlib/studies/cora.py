@@ -28,7 +28,7 @@ from ..models import create
 from ..network.bits import Candidates, check_bits
 from ..network.quantizer import GRANULARITIES
 from ..network.supernet import Supernet
-from ..report.intervals import t_interval, top1_interval
+from ..report.intervals import correct_text, t_interval, top1_interval
 from ..report.plots import ARM_COLOURS
 from ..report.tables import markdown_table, show_markdown
 from ..search.assignment import quick_table, solve
@@ -37,7 +37,7 @@ from ..search.limits import check_count
 from ..training.evaluation import decoded, evaluate
 from ..training.loop import TrainConfig, train
 from .adapters import FLOAT_BITS, convolutions
-from .imagenet import CLASSES, load_halves
+from .imagenet import CLASSES, draw_halves, load_halves
 from .parameters import check_parameters, check_training
 from .ranks import check_cora_options, cora
 
@@ -56,7 +56,8 @@ TABLE_COLUMNS = {  # columns that the table shows: column -> head
 
 # Options of `cora` that the studies do not set themselves: of the weights, and of the search
 WEIGHT_OPTIONS = ("granularity", "deviations", "recalibrate")
-SEARCH_OPTIONS = ("iterations", "batch_size", "lr", "clip", "gamma", "order", "start")
+SEARCH_OPTIONS = ("iterations", "batch_size", "norms_per_batch", "lr", "clip", "gamma")
+SEARCH_OPTIONS += ("order", "start")
 SIZE_STUDIES = ("depth-wise", "mixed")
 # Settings without a meaning for PRETRAINED
 OF_TRAINING = ("image_size", "train_images", "calibration_images", "training")
@@ -139,11 +140,15 @@ def _check_names(name: str, options: Mapping, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """A float network, images to calibrate on and images to test on, both in memory."""
+    """A float network, images to calibrate on and images to test on, both in memory.
+
+    `places`: of the test images among those of all seeds; None: all seeds have the same.
+    """
 
     network: nn.Module
     calibration: TensorDataset
     test: TensorDataset
+    places: Tensor | None = None
 
 
 def load_subject(
@@ -170,7 +175,9 @@ def load_subject(
     """
     if dataset == PRETRAINED:
         halves = load_halves(model, data_root, seed)
-        return Subject(create(model, CLASSES, pretrained=True), halves.calibration, halves.test)
+        _, places = draw_halves(len(halves.calibration) + len(halves.test), seed)
+        network = create(model, CLASSES, pretrained=True)
+        return Subject(network, halves.calibration, halves.test, places)
     splits = load(dataset, data_root, image_size, train_images=train_images)
     torch.manual_seed(seed)
     network = create(model, len(splits.classes))
@@ -339,7 +346,8 @@ def mixed_arms(
 def measure_trial(subject: Subject, trial: Trial, seed: int, device: str | torch.device) -> dict:
     """Adapts the network as the trial says and tests it; returns its row of the metrics.
 
-    `bits`: None if they are mixed. `seconds`: of the call of `cora`.
+    `bits`: None if they are mixed. `seconds`: of the call of `cora`. `correct`: the answers to all
+    test images, see `correct_text`; claims need it, because seeds share test images.
     """
     options = dict(granularity="channel", recalibrate=False, iterations=0) | trial.options
     started = time.perf_counter()
@@ -355,6 +363,7 @@ def measure_trial(subject: Subject, trial: Trial, seed: int, device: str | torch
         "granularity": options["granularity"],
         "norms": "recalibrated" if options["recalibrate"] else "kept",
         **top1_interval(found.correct),
+        "correct": correct_text(found.correct, subject.places),
         "loss": found.loss,
         **adapted.cost(),
         "iterations": options["iterations"] if options["budget"] else 0,

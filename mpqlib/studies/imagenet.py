@@ -179,14 +179,20 @@ class Halves:
         return digest.hexdigest()
 
 
+def draw_halves(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random halves of the numbers 0 ... count - 1, int64: places of images."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order.tensor_split(2)
+
+
 def load_halves(model: str, data_root: str | Path, seed: int) -> Halves:
-    """Random halves of `data_root`/val/<wnid>/*, at the model's own preprocessing.
+    """`draw_halves` of `data_root`/val/<wnid>/*, at the model's own preprocessing.
 
     Raises as `imagenet_val` does.
     """
     images = imagenet_val(data_root, **preprocessing(model))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    return Halves(*(decoded(Subset(images, half.tolist())) for half in order.tensor_split(2)))
+    halves = draw_halves(len(images), seed)
+    return Halves(*(decoded(Subset(images, half.tolist())) for half in halves))
 
 
 def prepare(

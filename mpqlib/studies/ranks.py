@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 
 from ..network.quantizer import GRANULARITIES
 from ..search.limits import check_count
-from ..training.evaluation import decoded, select_device
+from ..training.evaluation import batch_statistics, decoded, select_device
 from ..training.loop import RANGES
-from ..training.step import check_labels, check_logits
+from ..training.step import check_labels, logits_in
 from .adapters import FLOAT_BITS, Adapted, AdaptedConv2d, check_convolutions, convolutions
 
-SWITCHES = ("teacher", "recalibrate")  # options of `cora` that are True or False
+SWITCHES = ("teacher", "recalibrate", "norms_per_batch")  # options of `cora` that are True or False
 # Options of `cora` that are whole numbers, and their smallest values
 LEAST_COUNTS = {"adapter_bits": 2, "order": 1, "iterations": 0, "batch_size": 1, "seed": 0}
 # Smallest and largest values of the others
@@ -94,7 +94,8 @@ def search_ranks(
     for chosen in tqdm(batches, "ranks", total=iterations, leave=False):
         chosen = chosen.to(images.device)
         spent = sum(conv.share * omega[name] for name, conv in convs.items())
-        loss = rank_loss(adapted(images[chosen]), targets[chosen], spent, budget, gamma)
+        logits = logits_in(torch.float32, adapted, images[chosen])
+        loss = rank_loss(logits, targets[chosen], spent, budget, gamma)
         if not loss.isfinite():
             raise FloatingPointError(f"the loss of the rank search is {loss.item()}: check images")
         optimizer.zero_grad()
@@ -214,11 +215,10 @@ def _recalibrate_norms(adapted: Adapted, images: Tensor) -> None:
 
 @torch.no_grad()
 def _outputs(network: nn.Module, images: Tensor) -> Tensor:
-    """Logits (N, classes) of a network in eval mode."""
-    logits = [network(x.clone()) for x in images.split(128)]  # it may normalise them in place
-    for part in logits:
-        check_logits(part)
-    return torch.cat(logits)
+    """Logits (N, classes) of a network in eval mode, in float32 or float64."""
+    # A network may normalise its images in place.
+    batches = (x.clone() for x in images.split(128))
+    return torch.cat([logits_in(torch.float32, network, x) for x in batches])
 
 
 def _place_adapters(
@@ -284,6 +284,7 @@ def cora(
     batch_size: int = 128,
     teacher: bool = False,
     recalibrate: bool = False,
+    norms_per_batch: bool = False,
     lr: float = 0.01,
     clip: float = 0.2,
     gamma: float = 1.0,
@@ -308,7 +309,9 @@ def cora(
     meets the budget. `iterations`: of the search; 0 keeps the same share in each layer. `teacher`:
     follow the outputs of the float network instead of the labels. `recalibrate`: measure the
     statistics of batch norms anew on the calibration images, before the search and at the end.
-    `lr`, `clip`, `gamma`: as in `search_ranks`. `seed`: of the batches.
+    `norms_per_batch`: within the search, batch norms use the statistics of each batch, as in the
+    release. By default they use those of the network, so that the search sees the network that it
+    returns. `lr`, `clip`, `gamma`: as in `search_ranks`. `seed`: of the batches.
 
     Raises ValueError for a value that is not allowed, a budget below adapters of rank 1, images
     that are not finite, and a network that cannot be adapted (see `check_convolutions`). Source:
@@ -317,7 +320,8 @@ def cora(
     how = dict(iterations=iterations, batch_size=batch_size, lr=lr, clip=clip, gamma=gamma)
     options = dict(budget=budget, granularity=granularity, deviations=deviations, start=start)
     options |= dict(adapter_bits=adapter_bits, order=order, seed=seed)
-    check_cora_options(**options, **how, teacher=teacher, recalibrate=recalibrate)
+    switches = dict(teacher=teacher, recalibrate=recalibrate, norms_per_batch=norms_per_batch)
+    check_cora_options(**options, **how, **switches)
     adapter_bits, device = int(adapter_bits), select_device(device)
     check_convolutions(network)
     images, targets = (tensor.to(device) for tensor in _read_images(calibration))
@@ -333,7 +337,9 @@ def cora(
     if recalibrate and (iterations or not convs):
         _recalibrate_norms(adapted, images)
     if convs:
-        shares = search_ranks(adapted, convs, images, targets, budget, **how, seed=seed)
+        norms = [m for m in adapted.modules() if isinstance(m, _BatchNorm)]
+        with batch_statistics(norms if norms_per_batch else []):
+            shares = search_ranks(adapted, convs, images, targets, budget, **how, seed=seed)
         _set_ranks(adapted, convs, shares, budget)
         if recalibrate:
             _recalibrate_norms(adapted, images)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from textbook import textbook_t_interval
+from textbook import textbook_image_covariance, textbook_t_interval, textbook_wilson
 
 from mpqlib.report import claims, runs
 from mpqlib.report.paper import FINDINGS, PAPER, Claim, Listed
@@ -22,14 +22,16 @@ ROWS = [  # seed, plain, better
     (3, 80.0, 80.8),
     (4, 75.0, 76.2),
 ]
-CLAIM = Claim("better is better", "top1", "better", "plain", +1, paper="+1.0")
+CLAIM = Claim("better is better", "distance", "better", "plain", +1, paper="+1.0")
 
 
 @pytest.fixture
 def metrics():
     arms = enumerate(("plain", "better"), 1)
     return pd.DataFrame(
-        {"seed": row[0], "arm": arm, "top1": row[i], "data": "a"} for i, arm in arms for row in ROWS
+        {"seed": row[0], "arm": arm, "distance": row[i], "data": "a"}
+        for i, arm in arms
+        for row in ROWS
     )
 
 
@@ -41,23 +43,100 @@ def test_assessment_is_the_paired_t_interval(metrics):
     assert found.status == "reproduced"
 
 
+RIGHT = {  # seed -> the text of each arm, of six images; each seed tests four
+    0: {"plain": "01-1-0", "better": "11-1-1"},
+    1: {"plain": "-1000-", "better": "-1011-"},
+    2: {"plain": "0-1-10", "better": "1-1-11"},
+    3: {"plain": "10-01-", "better": "11-01-"},
+    4: {"plain": "0010--", "better": "1011"},
+}
+TOP1 = Claim("better is better", "top1", "better", "plain", +1)
+
+
+def answers(texts=RIGHT) -> pd.DataFrame:
+    """Metrics with the answers to each image, as a run stores them."""
+    rows = []
+    for seed, arms in texts.items():
+        for arm, text in arms.items():
+            share = text.count("1") / (len(text) - text.count("-"))
+            low, high = textbook_wilson(share, len(text) - text.count("-"))
+            top1 = {"top1": 100 * share, "top1_low": 100 * low, "top1_high": 100 * high}
+            rows.append({"seed": seed, "arm": arm, "correct": text} | top1)
+    return pd.DataFrame(rows)
+
+
+def image_differences(arms: dict[str, list[str]]) -> dict[int, float]:
+    """Better minus plain in % by image that is tested; of several texts, the mean."""
+
+    def shares(texts):
+        places = [i for i, character in enumerate(texts[0]) if character != "-"]
+        return {i: sum(text[i] == "1" for text in texts) / len(texts) for i in places}
+
+    plain, better = shares(arms["plain"]), shares(arms["better"])
+    return {i: 100 * (better[i] - plain[i]) for i in plain}
+
+
+def test_seeds_that_share_images_are_resampled_with_them():
+    found = claims.assess(answers().sample(frac=1, random_state=0), TOP1)
+    differences = [
+        image_differences({arm: [text] for arm, text in arms.items()}) for arms in RIGHT.values()
+    ]
+    means = [sum(seed.values()) / 4 for seed in differences]
+    covariance = textbook_image_covariance(differences)
+    expected = textbook_t_interval(means, covariance)
+    assert (found.difference, found.low, found.high) == pytest.approx(expected)
+    assert found.shared == "resampled" and covariance > 0
+    assert claims.cells(answers(), TOP1)[4] == "5 seeds and their images"
+    twice = pd.concat([answers(), answers()])
+    assert claims.assess(twice, TOP1) == pytest.approx(found)
+
+
+def test_a_run_without_answers_is_judged_by_the_largest_chance_of_its_images():
+    found = claims.assess(answers().drop(columns="correct"), TOP1)
+    rows = answers().pivot(index="seed", columns="arm", values="top1")
+    better, plain = rows["better"].mean() / 100, rows["plain"].mean() / 100
+    bound = (min(better + plain, 2 - better - plain) - (better - plain) ** 2) / 4
+    expected = textbook_t_interval(rows["better"] - rows["plain"], 1e4 * bound)
+    assert (found.difference, found.low, found.high) == pytest.approx(expected)
+    assert found.shared == "bounded"
+    assert claims.cells(answers().drop(columns="correct"), TOP1)[4] == "5 seeds, images bounded"
+    some = answers().assign(correct=[None, *answers()["correct"][1:]])
+    assert claims.assess(some, TOP1) == found
+
+
+@pytest.mark.parametrize("value", ["top1", "loss", "judged", "js", "anything new"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_interval_that_ignores_shared_images_decides_nothing(metrics, value, sign):
+    claim = replace(CLAIM, value=value, sign=sign)
+    measured = metrics.rename(columns={"distance": value})
+    assert claims.assess(metrics, replace(CLAIM, sign=sign)).status != "undecided"
+    found = claims.assess(measured, claim)
+    assert (found.shared, found.status) == ("ignored", "undecided")
+    *_, n, explained = claims.cells(measured, claim)
+    assert (n, explained) == ("5 seeds, images ignored", "*undecided*: the interval is too narrow")
+    by_image = claims.assess(
+        measured.rename(columns={"seed": "image"}), replace(claim, unit="image")
+    )
+    assert by_image.shared == "none" and by_image.status != "undecided"
+
+
 def test_what_rounding_leaves_of_a_zero_is_no_direction(metrics):
-    even = metrics.assign(top1=[0.1 + 0.2] * 5 + [0.3] * 5)
+    even = metrics.assign(distance=[0.1 + 0.2] * 5 + [0.3] * 5)
     for sign in (1, -1):
-        claim = Claim("", "top1", "better", "plain", sign)
+        claim = Claim("", "distance", "better", "plain", sign)
         assert claims.assess(even, claim).status == "undecided"
 
 
 def test_rows_of_one_unit_are_averaged_before_they_are_paired(metrics):
-    twice = pd.concat([metrics.assign(top1=metrics["top1"] + d) for d in (-3, 3)])
+    twice = pd.concat([metrics.assign(distance=metrics["distance"] + d) for d in (-3, 3)])
     assert claims.assess(twice, CLAIM) == pytest.approx(claims.assess(metrics, CLAIM), nan_ok=True)
 
 
 def test_only_rows_that_count_are_read(metrics):
-    other = metrics.assign(data="b", top1=-metrics["top1"])
+    other = metrics.assign(data="b", distance=-metrics["distance"])
     both = pd.concat([metrics, other])
     for name, sign in (("a", 1), ("b", -1)):
-        claim = Claim("", "top1", "better", "plain", +1, where={"data": name})
+        claim = Claim("", "distance", "better", "plain", +1, where={"data": name})
         assert claims.assess(both, claim).difference == pytest.approx(sign * 1.0)
 
 
@@ -81,22 +160,24 @@ def test_only_rows_that_count_are_read(metrics):
 )
 def test_status(low, high, n, sign, margin, expected):
     for source, word in zip(("paper", "ours"), expected, strict=True):
-        claim = Claim("", "top1", "better", "plain", sign, source=source, margin=margin)
+        claim = Claim("", "distance", "better", "plain", sign, source=source, margin=margin)
         assert claims.status(claim, low, high, n) == word
 
 
 @given(st.floats(-9, 9), st.floats(0, 9), st.sampled_from([1, -1]))
 def test_status_does_not_change_if_the_arms_are_swapped(mean, half, sign):
-    claim = Claim("", "top1", "better", "plain", sign)
-    swapped = Claim("", "top1", "plain", "better", -sign)
+    claim = Claim("", "distance", "better", "plain", sign)
+    swapped = Claim("", "distance", "plain", "better", -sign)
     one = claims.status(claim, mean - half, mean + half, 5)
     assert one == claims.status(swapped, -mean - half, -mean + half, 5)
 
 
 def test_an_undecided_claim_says_which_effects_are_excluded(metrics):
-    noisy = metrics.assign(top1=metrics["top1"] + 9 * (metrics["seed"] % 2) * (metrics.index > 4))
+    noisy = metrics.assign(
+        distance=metrics["distance"] + 9 * (metrics["seed"] % 2) * (metrics.index > 4)
+    )
     for sign, side in ((1, "above \u2248 +"), (-1, "below \u2248 -")):
-        claim = Claim("", "top1", "better", "plain", sign)
+        claim = Claim("", "distance", "better", "plain", sign)
         found = claims.assess(noisy, claim)
         bound = found.high if sign > 0 else found.low
         assert found.low < 0 < found.high
@@ -104,13 +185,13 @@ def test_an_undecided_claim_says_which_effects_are_excluded(metrics):
 
 
 def test_too_few_seeds_are_named():
-    rows = [{"seed": 0, "arm": arm, "top1": 1.0} for arm in ("plain", "better")]
+    rows = [{"seed": 0, "arm": arm, "distance": 1.0} for arm in ("plain", "better")]
     cells = claims.cells(pd.DataFrame(rows), CLAIM)
     assert cells[-1] == "*not tested*: 1 seed, at least 5 needed"
 
 
 def test_earlier_files_mark_our_own_findings_in_the_text():
-    claim = Claim("ours: better is better", "top1", "better", "plain", +1)
+    claim = Claim("ours: better is better", "distance", "better", "plain", +1)
     assert (claim.text, claim.source) == ("better is better", "ours")
     (again,) = claims.documents([claim])
     assert again["source"] == "ours" and Claim(**again) == claim
@@ -132,12 +213,12 @@ def test_an_arm_that_a_unit_lacks_is_an_error(metrics):
 
 
 def test_every_other_arm_is_compared_in_every_group(metrics):
-    both = pd.concat([metrics, metrics.assign(data="b", top1=-metrics["top1"])])
-    found = claims.differences(both, "top1", "plain", "data")
+    both = pd.concat([metrics, metrics.assign(data="b", distance=-metrics["distance"])])
+    found = claims.differences(both, "distance", "plain", "data")
     assert found[["compared", "data"]].values.tolist() == [["better", "a"], ["better", "b"]]
     assert found["difference"].tolist() == pytest.approx([1.0, -1.0])
     halves = both.assign(half=both["seed"] % 2)
-    found = claims.differences(halves, "top1", "plain", ["data", "half"])
+    found = claims.differences(halves, "distance", "plain", ["data", "half"])
     assert found[["data", "half"]].values.tolist() == [["a", 0], ["a", 1], ["b", 0], ["b", 1]]
     assert found["difference"].tolist() == pytest.approx([1.2333, 0.65, -1.2333, -0.65], abs=1e-4)
 
@@ -270,6 +351,29 @@ def judged_rows():
     assert next(rows, None) is None
 
 
+COUNTS = (250, 359, 2000, 4000, 10_000)  # test images of the stored runs
+
+
+def textbook_covariance(rows: list[dict], claim: dict, arm: float, base: float) -> float | None:
+    """Covariance of two units by images that they share; None: not known. `arm`, `base`: top-1."""
+    alone = ("distance", "spread", "movement", "extent", "crossings", "flips", "seconds")
+    if claim["unit"] == "image" or claim["value"] in alone or "variance" in claim["value"]:
+        return 0.0
+    if claim["value"] != "top1" or "top1_low" not in rows[0]:
+        return None
+    if isinstance(rows[0].get("correct"), str):
+        names = {claim["arm"]: "better", claim["base"]: "plain"}
+        texts = {}
+        for row in rows:
+            units = texts.setdefault(row[claim["unit"]], {"better": [], "plain": []})
+            units[names[row["arm"]]].append(row["correct"])
+        return textbook_image_covariance([image_differences(arms) for arms in texts.values()])
+    share, bounds = rows[0]["top1"] / 100, (rows[0]["top1_low"] / 100, rows[0]["top1_high"] / 100)
+    (n,) = (n for n in COUNTS if textbook_wilson(share, n) == pytest.approx(bounds, abs=1e-9))
+    arm, base = arm / 100, base / 100
+    return 1e4 * (min(arm + base, 2 - arm - base) - (arm - base) ** 2) / n
+
+
 def test_every_figure_of_both_pages_follows_from_the_stored_files():
     number = r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan)"
     words = {"paper": ("reproduced", "contradicted"), "ours": ("holds", "does not hold")}
@@ -277,25 +381,34 @@ def test_every_figure_of_both_pages_follows_from_the_stored_files():
     for file, claim, cells in judged_rows():
         if file not in tables:
             tables[file] = pd.read_csv(file).to_dict("records")
-        values = {}  # arm -> unit -> all its values
+        values, rows = {}, []  # arm -> unit -> all its values
         for row in tables[file]:
             known = row[claim["value"]] == row[claim["value"]]  # NaN: not measured at this level
+            known = known and row["arm"] in (claim["arm"], claim["base"])
             if known and all(row[column] == entry for column, entry in claim["where"].items()):
+                rows.append(row)
                 units = values.setdefault(row["arm"], {})
                 units.setdefault(row[claim["unit"]], []).append(row[claim["value"]])
-        arm, base = values[claim["arm"]], values[claim["base"]]
+        arm, base = (
+            {unit: sum(found) / len(found) for unit, found in values[claim[name]].items()}
+            for name in ("arm", "base")
+        )
         assert arm.keys() == base.keys()
-        differences = [sum(arm[u]) / len(arm[u]) - sum(base[u]) / len(base[u]) for u in arm]
-        found = textbook_t_interval([round(d, 9) for d in differences])
+        differences = [round(arm[u] - base[u], 9) for u in arm]
+        means = sum(arm.values()) / len(arm), sum(base.values()) / len(base)
+        covariance = textbook_covariance(rows, claim, *means)
+        found = textbook_t_interval(differences, covariance or 0.0)
         mean, low, high = (round(bound, 9) for bound in found)
         shown = [float(n) for n in re.findall(number, cells[3])]
         assert shown == [float(f"{x:.2g}") for x in (mean, low, high)], claim["text"]
         assert len(differences) >= claims.LEAST
         assert cells[4].startswith(f"{len(differences)} {claim['unit']}")
-        expected = "undecided"
-        if low > 0 or high < 0:
+        assert ("images ignored" in cells[4]) == (covariance is None)
+        expected, margin = "undecided", claim.get("margin", 0)
+        worst, best = sorted((claim["sign"] * low, claim["sign"] * high))
+        if covariance is not None and (worst > -margin or best < -margin):
             yes, no = words[claim["source"]]
-            expected = yes if mean * claim["sign"] > 0 else no
+            expected = yes if worst > -margin else no
         assert cells[5].startswith(f"*{expected}*"), claim["text"]
         count += 1
     assert count > 0

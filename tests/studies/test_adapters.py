@@ -119,15 +119,23 @@ def test_component_counts_the_numbers_that_an_adapter_stores(options):
 
 def test_kernel_is_its_formula():
     share, full, order = torch.tensor(0.37, dtype=torch.float64), 9, 3
-    values = [1 / (1 + ((i / full) / 0.37) ** (2 * order)) ** 0.5 for i in range(1, full + 1)]
-    expected = [v / values[0] for v in values]
+    # The components are counted from 0; divided by the largest value, as the release does
+    values = [1 / (1 + ((i / full) / 0.37) ** (2 * order)) ** 0.5 for i in range(full)]
+    expected = [v / max(values) for v in values]
     assert adapters.butterworth(share, full, order).tolist() == pytest.approx(expected)
+
+
+@given(st.integers(1, 40), st.floats(0.01, 1), st.integers(1, 8))
+def test_kernel_keeps_the_first_component_whole(full, share, order):
+    share = torch.tensor(max(share, 1 / full), dtype=torch.float64)
+    kernel = adapters.butterworth(share, full, order)
+    assert float(kernel[0]) == 1 and bool((kernel.diff() <= 0).all())
 
 
 @given(st.integers(2, 40), st.integers(0, 39))
 def test_kernel_tends_to_the_hard_cut(full, kept):
-    kept = 1 + kept % (full - 1)  # from 1 to full - 1
-    share = torch.tensor((kept + 0.5) / full, dtype=torch.float64)
+    kept = 1 + kept % (full - 1)  # from 1 to full - 1; the share rounds up to it
+    share = torch.tensor((kept - 0.5) / full, dtype=torch.float64)
     hard = (torch.arange(full) < kept).double()
     apart = [
         float((adapters.butterworth(share, full, order) - hard).abs().max())

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,10 +11,13 @@ import torch
 from conftest import TinyNet, images
 from PIL import Image
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from mpqlib import models
 from mpqlib.network.bits import Candidates
 from mpqlib.network.supernet import Supernet
+from mpqlib.report import claims
+from mpqlib.report.paper import Claim
 from mpqlib.search.assignment import assignment
 from mpqlib.search.error import batch_error
 from mpqlib.studies import cora as study
@@ -137,6 +141,24 @@ def test_rows_say_what_was_measured(subject):
     assert again["ranks"] == row["ranks"] and again["top1"] == row["top1"]
 
 
+def test_rows_hold_the_answers_to_each_image_at_its_place(subject):
+    (trial, *_) = study.trials_of_recovery([], 0.5, {})  # the float network
+    with torch.no_grad():
+        x, y = subject.test.tensors
+        right = (subject.network(x).argmax(1) == y).tolist()
+    text = study.measure_trial(subject, trial, 0, "cpu")["correct"]
+    assert [character == "1" for character in text] == right and 0 < text.count("1") < len(right)
+    placed = replace(subject, places=torch.arange(24).flip(0) * 2)
+    row = study.measure_trial(placed, trial, 0, "cpu")
+    assert row["correct"][::-2] == text and set(row["correct"][1::2]) == {"-"}
+
+
+def test_claims_are_judged_over_seeds_and_images(subject):
+    metrics = measured(subject, study.trials_of_recovery([2], 0.5, {}, ["tensor"], [False]))
+    claim = Claim("", "top1", "adapters", "quantized", +1, where={"study": "recovery"})
+    assert claims.assess(metrics, claim).shared == "resampled"
+
+
 def test_depthwise_arms_have_the_same_size(subject):
     arms = study.depthwise_arms(subject.network, 3, 10.0)
     trials = study.trials_at_size(subject.network, "depth-wise", 10.0, arms, {})
@@ -196,6 +218,18 @@ def test_mixed_arms_have_at_most_the_same_size(subject):
     assert rows.loc["mixed bits, adapters", "added_percent"] > 0
 
 
+def test_mixed_arms_are_chosen_on_the_first_calibration_images_alone(subject):
+    how = dict(equal_bits=5, budget=0.25, bits=[2, 3, 4, 5, 6, 7], images=16)
+    chosen = study.mixed_arms(subject, **how)
+    x, y = (t.clone() for t in subject.calibration.tensors)
+    x[16:] = torch.randn_like(x[16:]) * 9
+    late = replace(subject, calibration=TensorDataset(x, y), test=images(24, seed=5))
+    assert study.mixed_arms(late, **how) == chosen
+    flat = {name: value.roll(1, 0) for name, value in zip("xy", (x, y), strict=True)}
+    early = replace(subject, calibration=TensorDataset(flat["x"], y), test=subject.test)
+    assert study.mixed_arms(early, **how) != chosen
+
+
 def test_pictures_and_table_show_every_arm(subject):
     trials = study.trials_of_recovery([3], 0.5, {}) + study.trials_of_ranks([4, 3], 0.5, {})
     metrics = measured(subject, trials)
@@ -236,3 +270,10 @@ def test_a_pretrained_subject_halves_the_validation_images(tmp_path, monkeypatch
     assert sorted(labels[0] + labels[1]) == [0, 2, 4, 6]  # of all 1000 classes
     assert [len(part) for part in labels] == [2, 2]
     assert found.test.tensors[0].shape == (2, 3, 32, 32)
+    # A place is the same image for all seeds
+    by_place = {}
+    for seed in range(4):
+        other = study.load_subject("x", study.PRETRAINED, tmp_path, seed, config=config)
+        for place, label in zip(other.places.tolist(), other.test.tensors[1], strict=True):
+            assert by_place.setdefault(place, int(label)) == int(label)
+    assert by_place == {0: 0, 1: 2, 2: 4, 3: 6}

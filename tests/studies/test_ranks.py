@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -93,6 +94,48 @@ def test_ranks_keep_their_proportions():
     assert ranks.fit_ranks([1e-9, 5.0], [8, 8], [1, 1], 9) == [1, 8]
 
 
+def test_ranks_are_rounded_up_and_the_rest_goes_to_the_nearest():
+    # At the factor 1: 2 and 5. Rounded down, 1 and 6 would fit as well.
+    assert ranks.fit_ranks([1.5, 5.0], [100] * 2, [1, 1], 7) == [2, 5]
+    # At the factor 1: 2, 2 and 2, of 2, 2 and 1.5 wanted. One weight is left: the first one needs
+    # five, and the second one is nearest to its next rank.
+    assert ranks.fit_ranks([2.0, 2.0, 1.5], [100] * 3, [5, 1, 1], 15) == [2, 3, 2]
+    assert ranks.fit_ranks([2.0, 1.5, 2.0], [100] * 3, [5, 1, 1], 15) == [2, 2, 3]
+    # Two are left: once each, and none beyond the full rank
+    assert ranks.fit_ranks([2.0, 2.0, 1.5], [100] * 3, [5, 1, 1], 16) == [2, 3, 3]
+    assert ranks.fit_ranks([2.0, 2.0, 1.5], [2] * 3, [5, 1, 1], 13) == [2, 2, 1]
+
+
+def test_the_smallest_budget_that_an_error_names_is_allowed():
+    with pytest.raises(ValueError, match="at least") as found:
+        cora(network(), images(16), budget=0.01, iterations=0)
+    least = float(re.search(r"at least ([\d.]+)", str(found.value))[1])
+    assert set(cora(network(), images(16), budget=least, iterations=0).ranks.values()) == {1}
+
+
+def test_the_penalty_counts_the_weights_of_all_adapters(monkeypatch):
+    seen = []
+
+    def kept(logits, targets, spent, *others):
+        seen.append((spent.item(), sum(conv.share.item() * full[n] for n, conv in convs.items())))
+        return loss(logits, targets, spent, *others)
+
+    loss = ranks.rank_loss
+    monkeypatch.setattr(ranks, "rank_loss", kept)
+    adapted = Adapted(network(), torch.randn(1, 3, 8, 8), 3)
+    # Numbers that an adapter of full rank stores, over those of all convolutions
+    full = {n: c.left.numel() + c.right.numel() for n, c in adapted.convs.items()}
+    full = {n: count / (8 * 27 + 8 * 9 + 12 * 8) for n, count in full.items()}
+    convs = {name: adapted.convs[name] for name in ("stem.0", "pointwise")}
+    for conv in convs.values():
+        conv.cut_softly(0.5, order=4)
+    x, y = images(16).tensors
+    ranks.search_ranks(adapted, convs, x, y, 0.1, iterations=4, batch_size=16)
+    for spent, expected in seen:
+        assert spent == pytest.approx(expected)
+    assert len({spent for spent, _ in seen}) == 4
+
+
 def test_gradients_reach_the_shares_alone():
     adapted = Adapted(network(), torch.randn(1, 3, 8, 8), 3)
     for conv in adapted.convs.values():
@@ -111,9 +154,8 @@ def test_share_gradient_is_its_formula():
     kernel = butterworth(share, full, order)
     for i in range(full):
         (found,) = torch.autograd.grad(kernel[i], share, retain_graph=True)
-        ratio = ((i + 1) / full / 0.43) ** (2 * order)
-        largest = (1 + (1 / full / 0.43) ** (2 * order)) ** -0.5  # a constant to the gradient
-        expected = order * ratio / 0.43 * (1 + ratio) ** -1.5 / largest
+        ratio = (i / full / 0.43) ** (2 * order)  # components are counted from 0
+        expected = order * ratio / 0.43 * (1 + ratio) ** -1.5
         assert float(found) == pytest.approx(expected)
 
 
@@ -133,9 +175,10 @@ class Weighed(nn.Module):
 def test_search_gives_ranks_to_the_layer_that_counts():
     torch.manual_seed(0)
     subject, dataset = Weighed(), images(64)
+    subject.last.weight.data.mul_(10)  # else the task is too small beside the penalty
     how = dict(bits=2, budget=0.7, iterations=150, batch_size=64, teacher=True)
     found = cora(subject, dataset, **how).ranks
-    assert found["heard"] > found["unheard"] >= 1
+    assert found["heard"] > 2 * found["unheard"] >= 2
     uniform = cora(subject, dataset, **how | dict(iterations=0)).ranks
     assert abs(uniform["heard"] - uniform["unheard"]) <= 1
 
@@ -201,6 +244,30 @@ def test_norms_are_recalibrated_on_the_calibration_images():
     assert torch.equal(kept.network.stem[1].running_mean, subject.stem[1].running_mean)
 
 
+def test_recalibrated_norms_do_not_depend_on_the_stored_statistics(monkeypatch):
+    # As after training: PyTorch's cumulative average would go on counting the batches
+    trained = network()
+    for norm in (trained.stem[1], trained.norm):
+        norm.running_mean.add_(2)
+        norm.running_var.mul_(9)
+        norm.num_batches_tracked.fill_(1000)
+    found, adapted = searched_shares(monkeypatch, trained, recalibrate=True)
+    expected, fresh = searched_shares(monkeypatch, network(), recalibrate=True)
+    assert found == expected  # the search sees norms that are measured again
+    assert found != searched_shares(monkeypatch, trained)[0]
+    for norm, other in zip(*(m.network.modules() for m in (adapted, fresh)), strict=True):
+        if isinstance(norm, nn.BatchNorm2d):
+            assert torch.equal(norm.running_mean, other.running_mean)
+            assert torch.equal(norm.running_var, other.running_var)
+            assert (norm.momentum, norm.training) == (0.1, False)
+
+
+def test_norms_are_recalibrated_in_batches_of_about_128():
+    for count, batches in ((100, 1), (129, 2), (300, 3)):
+        adapted = cora(network(), images(count), bits=2, budget=0, recalibrate=True)
+        assert int(adapted.network.norm.num_batches_tracked) == batches
+
+
 def test_a_seed_gives_the_same_ranks():
     def shares(seed):
         adapted = Adapted(network(), torch.randn(1, 3, 8, 8), 2)
@@ -212,6 +279,52 @@ def test_a_seed_gives_the_same_ranks():
 
     assert shares(0) == shares(0) != shares(1)
     assert all(0 < share <= 1 for share in shares(0).values())
+
+
+def searched_shares(monkeypatch, subject: nn.Module, **options) -> tuple[dict, Adapted]:
+    """The shares that the search of `cora` finds, and its result."""
+    found = []
+
+    def kept(*arguments, **how):
+        found.append(search(*arguments, **how))
+        return found[-1]
+
+    search = ranks.search_ranks
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "search_ranks", kept)
+        adapted = cora(subject, images(32), 2, 0.5, **QUICK | options)
+    return found[0], adapted
+
+
+def test_norms_per_batch_search_without_the_stored_statistics(monkeypatch):
+    shifted = network()
+    shifted.stem[1].running_mean.add_(2)
+    plain, _ = searched_shares(monkeypatch, network())
+    assert searched_shares(monkeypatch, shifted)[0] != plain
+    found, adapted = searched_shares(monkeypatch, shifted, norms_per_batch=True)
+    assert found == searched_shares(monkeypatch, network(), norms_per_batch=True)[0] != plain
+    norm = adapted.network.stem[1]
+    assert torch.equal(norm.running_mean, shifted.stem[1].running_mean)
+    assert not norm.training and norm.track_running_stats
+
+
+class Half(TinyNet):
+    """Returns its logits in bfloat16, or the same numbers in float32."""
+
+    def __init__(self, dtype: torch.dtype):
+        torch.manual_seed(0)
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return super().forward(x).bfloat16().to(self.dtype)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_losses_of_logits_in_bfloat16_are_computed_in_float32(monkeypatch, teacher):
+    subjects = Half(torch.bfloat16), Half(torch.float32)
+    half, single = (searched_shares(monkeypatch, s, teacher=teacher)[0] for s in subjects)
+    assert half == single
 
 
 def test_a_loss_that_is_not_finite_stops_the_search():
@@ -318,6 +431,7 @@ def test_a_search_runs_in_inference_mode():
         (dict(seed=0.5), "seed=0.5"),
         (dict(seed=2**63), f"seed={2**63} is not allowed: at most"),
         (dict(teacher="no"), "teacher='no' is not allowed: True or False"),
+        (dict(norms_per_batch=1), "norms_per_batch=1 is not allowed: True or False"),
         (dict(device="abacus"), "abacus"),
     ],
 )
