@@ -75,7 +75,7 @@ def _check_float_model(model: nn.Module) -> None:
 
 def check_plain_weight(name: str, layer: nn.Module) -> None:
     """Raises ValueError, with a remedy, if the weight of the layer `name` is no plain parameter."""
-    if isinstance(layer._parameters.get("weight"), nn.Parameter):
+    if layer._parameters.get("weight") is not None:
         return
     if parametrize.is_parametrized(layer, "weight"):
         remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
@@ -91,6 +91,17 @@ def check_plain_weight(name: str, layer: nn.Module) -> None:
         f"the weight of layer {name!r} is not a plain parameter but computed in each pass, "
         f"which would overwrite the quantized weight. Call first: {remedy}"
     )
+
+
+def _check_parameters(name: str, layer: QuantLinear) -> None:
+    """Raises ValueError if the layer or its norm computes a parameter in each pass."""
+    check_plain_weight(f"{name}.op", layer.op)
+    bank = layer.bank if isinstance(layer, QuantConvBN) else None
+    if bank is not None and bank._parameters.keys() != layer.norm._parameters.keys():
+        raise ValueError(
+            f"the norm of layer {name!r} has other parameters than those of its bit-widths: "
+            f"remove pruning or a parametrization from {name + '.norm'!r} or {name + '.bank'!r}"
+        )
 
 
 def _check_example(model: nn.Module, example: Tensor) -> None:
@@ -283,8 +294,14 @@ class Supernet(nn.Module):
         )
 
     def check(self, config: BitConfig) -> None:
-        """Raises ValueError if `config` misses a layer, names an unknown one or has unfit bits."""
+        """Raises ValueError if `config` misses a layer, names an unknown one or has unfit bits.
+
+        Also if pruning or a parametrization, put on a layer since, would replace its quantized
+        weights or the norms of its bit-widths.
+        """
         check_config("config", config, self.candidates)
+        for name, layer in self.layers.items():
+            _check_parameters(name, layer)
         for info in self.table:
             if info.input_of and config[info.name].act != config[info.input_of].act:
                 raise ValueError(
