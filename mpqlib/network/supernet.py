@@ -1,7 +1,7 @@
 """Any CNN of convolutions, linears and batch norms as a weight-sharing supernet."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -321,6 +321,12 @@ class Supernet(nn.Module):
         """Logits (N, classes) of images (N, C, H, W) at `config`, or in float if it is None."""
         self.set_bits(config)
         return self.model(x.clone())  # a network may normalise its images in place
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for module in self.modules():  # all of them, before anything is changed
+            if isinstance(module, Quantizer):
+                module.check_cast(fn)
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         for name, layer in self.layers.items():  # all of them, before anything is changed

@@ -448,6 +448,16 @@ def test_without_pair_norms_the_arithmetic_is_the_same(generator):
     torch.testing.assert_close(nets[0](x, config), nets[1](x, config))
 
 
+@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half])
+def test_a_cast_that_would_change_the_grids_is_refused_and_changes_nothing(cast, generator):
+    x = torch.randn(2, 3, 8, 8, generator=generator).float()
+    supernet = Supernet(Plain().float(), x, (2, 12), edge_bits=None)
+    before = {n: t.clone() for n, t in supernet.state_dict().items()}
+    with pytest.raises(ValueError, match="bits=12 is not allowed for torch"):
+        cast(nn.Sequential(supernet))
+    assert all(torch.equal(t, before[n]) for n, t in supernet.state_dict().items())
+
+
 def test_all_bit_widths_share_one_weight(generator):
     model, x = Plain().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
     weight = model.a.weight
