@@ -182,7 +182,10 @@ class Quantizer(nn.Module):
         self.scale_step_gradient = scale_step_gradient
         self.per_channel = per_channel
         steps = [self._initial_steps(example, b, initial_step) for b in self.bits]
-        self.steps = nn.Parameter(torch.stack(steps))
+        self.steps = nn.Parameter(torch.stack(steps))  # (bit-widths) or (bit-widths, out)
+        # Of a step that broadcasts to its weights. Steps are not stored so: tensors of 5 dimensions
+        # could not be made channels-last.
+        self.step_shape = (-1, *(1 for _ in example.shape[1:])) if per_channel else ()
         self.register_buffer("ranges", self._ranges(), persistent=False)
 
     def check_type(self, dtype: torch.dtype) -> None:
@@ -202,11 +205,10 @@ class Quantizer(nn.Module):
         return super()._apply(fn, recurse)
 
     def _initial_steps(self, example: Tensor, bits: int, rule: Callable) -> Tensor:
-        """A scalar, or (out, 1, ...) per channel, which fits weights (out, ...)."""
+        """A scalar, or (out,) per channel of weights (out, ...)."""
         if not self.per_channel:
             return rule(example, bits, self.signed)
-        steps = torch.vmap(partial(rule, bits=bits, signed=self.signed))(example.detach())
-        return steps.reshape(-1, *(1 for _ in example.shape[1:]))
+        return torch.vmap(partial(rule, bits=bits, signed=self.signed))(example.detach())
 
     def _ranges(self) -> Tensor:
         """Smallest and largest integers (2, bit-widths)."""
@@ -224,14 +226,17 @@ class Quantizer(nn.Module):
 
         Raises ValueError for other bit-widths.
         """
-        return self.steps.index_select(0, self.position(bits)).squeeze(0).abs()
+        return self._step(self.position(bits))
+
+    def _step(self, position: Tensor) -> Tensor:
+        return self.steps.index_select(0, position).abs().reshape(self.step_shape)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """Fake-quantizes `x` (any shape) at the bit-width of this `position`, shape (1,).
 
         The position is a tensor, so that one compiled program serves all bit-widths.
         """
-        step = self.steps.index_select(0, position).squeeze(0).abs()
+        step = self._step(position)
         q_min, q_max = self.ranges.index_select(1, position).squeeze(1)
         function = lsq_per_channel if self.per_channel else lsq
         return function(x, step, q_min, q_max, self.scale_step_gradient)

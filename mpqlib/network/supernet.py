@@ -62,6 +62,11 @@ def _check_float_model(model: nn.Module) -> None:
     A reparametrised weight is computed anew in each pass, so a quantized one would be overwritten.
     """
     for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(
+                f"{name or 'the model'!r} was compiled by torch.compile: pass the network that was "
+                "compiled, its attribute _orig_mod; training compiles the supernet itself"
+            )
         if isinstance(module, (QuantLinear, Quantizer)):
             raise ValueError(f"the model already holds quantized layers ({name!r}): build it anew")
         if isinstance(module, _InstanceNorm) and module.running_mean is not None:
@@ -105,7 +110,10 @@ def _check_parameters(name: str, layer: QuantLinear) -> None:
 
 
 def _check_example(model: nn.Module, example: Tensor) -> None:
-    """Raises ValueError unless `example` holds one or more images in the type of the weights."""
+    """Raises ValueError unless `example` holds one or more images in the type of the weights.
+
+    Also within torch.autocast, which computes in another type.
+    """
     if not isinstance(example, Tensor):
         raise ValueError(f"example is a {type(example).__name__}: pass a tensor (N, C, H, W)")
     if not example.numel():
@@ -114,6 +122,8 @@ def _check_example(model: nn.Module, example: Tensor) -> None:
     if types and example.dtype not in types:
         wanted = " or ".join(sorted(map(str, types)))
         raise ValueError(f"example is {example.dtype}, but the model computes in {wanted}")
+    if torch.is_autocast_enabled(example.device.type):
+        raise ValueError("torch.autocast is on, so layers read rounded values: convert outside it")
 
 
 def _is_depthwise(op: nn.Module) -> bool:
@@ -164,9 +174,9 @@ class Supernet(nn.Module):
 
     Raises ValueError, and leaves the model unchanged, for bits or steps that are not allowed, an
     unknown layer name in `overrides`, an `example` that is no batch of images, and a model that
-    torch.fx cannot trace, that already holds quantized layers, that returns no tensor, or in which
-    a layer cannot be quantized or counted. Source: RFQuant (arXiv
-    2401.01543).
+    torch.fx cannot trace, that already holds quantized layers, that was compiled, that returns no
+    tensor, or in which a layer cannot be quantized or counted; and within torch.autocast. Source:
+    RFQuant (arXiv 2401.01543).
     """
 
     @torch.inference_mode(False)  # parameters made in inference mode could not be trained

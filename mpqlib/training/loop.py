@@ -622,8 +622,8 @@ def train(
 
     Raises ValueError for a checkpoint that is damaged, was written under other settings, does not
     fit the model or cannot be written, for fewer images than one batch, for bfloat16 with
-    candidates above 8 bits, for outputs that are no logits (N, classes), and for labels that are not
-    int64 or, on the CPU, no class of the model.
+    candidates above 8 bits, for outputs that are no logits (N, classes), and for labels that are
+    not int64 or, on the CPU, no class of the model.
     Raises FloatingPointError, with epoch, step and layer, when losses, gradients or weights become
     NaN or infinite; the checkpoint stays as it was.
     """

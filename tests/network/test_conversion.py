@@ -441,6 +441,20 @@ def test_a_norm_pruned_after_conversion_is_refused(part):
     assert supernet(x, config).isfinite().all()
 
 
+def test_a_compiled_network_or_part_is_refused():
+    model, compiled = Base(), torch.compile(Base())
+    with pytest.raises(ValueError, match="'the model' was compiled by torch"):
+        Supernet(compiled, images(), (2, 4))
+    model.conv2 = torch.compile(model.conv2)
+    assert_refused_and_unchanged(model, "'conv2' was compiled by torch.compile")
+    assert Supernet(compiled._orig_mod, images(), (2, 4)).table
+
+
+def test_conversion_within_autocast_is_refused_by_name():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_refused_and_unchanged(Base(), "torch.autocast is on")
+
+
 def test_refused_bits_leave_the_model_as_it_is():
     model, x = torchvision.models.resnet18(weights=None), torch.randn(2, 3, 32, 32)
     modules = list(model.modules())

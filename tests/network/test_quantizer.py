@@ -354,6 +354,16 @@ def test_step_gradient_is_exact_for_a_bfloat16_tensor():
         torch.testing.assert_close(half, exact)
 
 
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (6, 7)])
+def test_the_steps_of_channels_broadcast_and_can_be_channels_last(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    quantizer = Quantizer((2, 4), weight, True, per_channel=True)
+    before = quantize(quantizer, weight, 2)
+    assert quantizer.steps.shape == (2, shape[0])
+    assert quantizer.step(2).shape == (shape[0], *[1] * (len(shape) - 1))
+    assert torch.equal(quantize(quantizer.to(memory_format=torch.channels_last), weight, 2), before)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("shape", [(5, 3, 3, 3), (4, 1, 3, 3), (6, 7)])
 def test_each_channel_is_quantized_by_its_own_step(shape, scaled):
