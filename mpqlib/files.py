@@ -5,8 +5,10 @@ import json
 import os
 import platform
 import re
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
@@ -35,25 +37,58 @@ def save_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def save_together(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Writes several files as `save_atomically` does. If one cannot be written, all stay as before.
 
-    `writers`: path -> what writes the file at a temporary path.
+    `writers`: path -> what writes the file at a temporary path. Only if the process is killed while
+    files are moved to their paths, some are new and some old.
     """
     parts: dict[Path, Path] = {}
     try:
         for path, write in writers.items():
             check_writable(path)
             parts[path] = _temporary(path)
-            write(parts[path])
-        for path, part in parts.items():
-            os.replace(part, path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error}") from error
+            with _named(path):
+                write(parts[path])
+        _replace_all(parts)
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within the block, an OSError becomes a ValueError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
+
+
+def _replace_all(parts: Mapping[Path, Path]) -> None:
+    """Moves each part to its path; after an error, all paths hold what they held before."""
+    others = list(parts)[:-1]  # nothing can fail after the last one, so it needs no copy
+    earlier = {path: _temporary(path, ".old") for path in others if path.exists()}
+    moved = []
+    try:
+        for path, old in earlier.items():
+            with _named(path):
+                shutil.copy2(path, old)
+        for path, part in parts.items():
+            with _named(path):
+                os.replace(part, path)
+            moved.append(path)
+    except BaseException:
+        for path in moved:
+            if path in earlier:
+                os.replace(earlier[path], path)
+            else:
+                path.unlink()
+        raise
+    finally:
+        for old in earlier.values():
+            old.unlink(missing_ok=True)
+
+
+def _temporary(path: Path, suffix: str = "") -> Path:
+    return path.with_name(f".{path.name}.{platform.node()}{suffix}.{os.getpid()}")
 
 
 def check_writable(path: Path) -> None:
@@ -61,15 +96,13 @@ def check_writable(path: Path) -> None:
 
     Makes its folder, and removes leftovers of killed writers.
     """
-    try:
+    with _named(path):
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         _temporary(path).touch()
         _temporary(path).unlink()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error}") from error
 
 
 def remove_leftovers(path: Path) -> None:
@@ -80,6 +113,7 @@ def remove_leftovers(path: Path) -> None:
         if not part.name.startswith(prefix):
             continue
         machine, _, process = part.name.removeprefix(prefix).rpartition(".")
+        machine = machine.removesuffix(".old")  # earlier content, kept while files are replaced
         # Earlier versions did not write the machine's name.
         if process.isdecimal() and machine in ("", platform.node()) and not _is_running(process):
             part.unlink(missing_ok=True)
@@ -280,7 +314,8 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
     """Copies `tensors`, which come from `path` (a file, or words for it), into the model.
 
     Raises ValueError, with the first names, if tensors are missing, unexpected, of another shape or
-    type, or if they differ where the model shares one tensor. The model is then unchanged.
+    type, if they differ where the model shares one tensor, or if they belong to other bit-widths
+    than the model's. The model is then unchanged.
     """
     own = model.state_dict(keep_vars=True)
     both = [n for n in own if n in tensors]
@@ -312,8 +347,13 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
             for what, names in wrong.items()
             if names
         )
-        raise ValueError(f"{path} does not fit this model. Its tensors: {found}")
-    model.load_state_dict(tensors)
+        earlier = all(n in tensors or n.endswith("_extra_state") for n in own)
+        hint = ". An earlier version of mpqlib wrote it" if wrong["missing"] and earlier else ""
+        raise ValueError(f"{path} does not fit this model. Its tensors: {found}{hint}")
+    try:
+        model.load_state_dict(tensors)
+    except ValueError as error:  # bits of a supernet, which it compares before it changes anything
+        raise ValueError(f"{path} does not fit this model: {error}") from error
 
 
 def _write(path: Path, kind: str, tensors: Mapping[str, Tensor], content: object) -> str:

@@ -1,6 +1,7 @@
 """Files: whole or as they were, checked by their hash, refused in plain words, never executed."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from mpqlib.files import (
     save_state,
     save_together,
     save_weights,
+    set_tensors,
 )
 from mpqlib.network.supernet import Supernet
 
@@ -273,6 +275,19 @@ def test_weights_come_back_with_the_signs_of_their_ranges(tmp_path):
     assert torch.equal(supernet(x, config), expected)
 
 
+def test_weights_of_other_bits_or_an_earlier_version_are_refused(supernet, tmp_path):
+    path, x = tmp_path / "w.safetensors", images(16).tensors[0]
+    other = Supernet(TinyNet(), x, (3, 4, 5), depthwise_min=2)
+    before = {n: t.clone() for n, t in other.state_dict().items()}
+    save_weights(path, Supernet(TinyNet(), x, (2, 3, 4), depthwise_min=2), {})
+    with pytest.raises(ValueError, match=r"w\.safetensors does not fit .*2, 3, 4 .*3, 4, 5 "):
+        load_weights(path, other)
+    assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+    tensors = {n: t for n, t in before.items() if t.dtype != torch.float64}
+    with pytest.raises(ValueError, match=r"missing \('model.stem.0._extra_state'.*earlier version"):
+        set_tensors(other, tensors, path)
+
+
 def test_the_same_weights_give_the_same_file(tmp_path):
     digests = {save_weights(tmp_path / f"{i}", linear(), {"a": 1, "b": 2}) for i in range(5)}
     assert len(digests) == 1
@@ -403,6 +418,31 @@ def test_files_that_are_written_together_stay_together(tmp_path):
     )
 
 
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_file_that_cannot_be_moved_leaves_all_as_before(tmp_path, monkeypatch, failing, error):
+    writers = {tmp_path / name: lambda part: part.write_text("new") for name in "abc"}
+    for name in "ac":
+        (tmp_path / name).write_text("old")
+    calls, replace = itertools.count(), os.replace
+
+    def fail_once(*args):
+        if next(calls) == failing:
+            raise error
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises((ValueError, KeyboardInterrupt)) as caught:
+        save_together(writers)
+    if caught.type is ValueError:
+        assert str(caught.value) == f"{tmp_path / 'abc'[failing]} cannot be written: disk full"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        "ac", "old"
+    )
+    save_together(writers)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"new"}
+
+
 # Imports files.py alone, because the whole package takes seconds.
 SLOW = """
 import sys, time
@@ -450,8 +490,9 @@ def test_only_leftovers_of_this_file_and_machine_are_removed(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     here = platform.node()
-    leftovers = [f".c.pt.{gone.pid}", f".c.pt.{here}.{gone.pid}"]
+    leftovers = [f".c.pt.{gone.pid}", f".c.pt.{here}.{gone.pid}", f".c.pt.{here}.old.{gone.pid}"]
     others = [
+        f".c.pt.{here}.old.{os.getpid()}",
         f".c.pt.{os.getpid()}",
         f".c.pt.{here}.{os.getpid()}",
         f".c.pt.elsewhere-{here}.{gone.pid}",

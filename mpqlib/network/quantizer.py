@@ -25,6 +25,14 @@ def integer_range(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
+def most_bits(dtype: torch.dtype) -> int:
+    """Bits of whole numbers that a floating-point type holds exactly: 8 of bfloat16, 24 of float32.
+
+    These are the digits of its numbers.
+    """
+    return round(1 - log2(torch.finfo(dtype).eps))
+
+
 def in_memory_order(first: Tensor, *others: Tensor, rows: int = 1) -> list[Tensor]:
     """Tensors of one shape as matrices (rows, values), in the memory order of the first tensor.
 
@@ -161,25 +169,38 @@ class Quantizer(nn.Module):
         self.bits = tuple(sorted(set(bits)))
         if not self.bits:
             raise ValueError("bits is empty: name at least one bit-width from 2 to 16")
-        digits = round(1 - log2(torch.finfo(example.dtype).eps))
-        if self.bits[-1] > digits:
-            raise ValueError(
-                f"bits={self.bits[-1]} is not allowed for {example.dtype}: its whole numbers have "
-                f"{digits} bits at most"
-            )
+        self.check_type(example.dtype)
         self.signed = bool(example.min() < 0) if signed is None else signed
         self.scale_step_gradient = scale_step_gradient
         self.per_channel = per_channel
         steps = [self._initial_steps(example, b, initial_step) for b in self.bits]
-        self.steps = nn.Parameter(torch.stack(steps))
+        self.steps = nn.Parameter(torch.stack(steps))  # (bit-widths) or (bit-widths, out)
+        # Of a step that broadcasts to its weights. Steps are not stored so: tensors of 5 dimensions
+        # could not be made channels-last.
+        self.step_shape = (-1, *(1 for _ in example.shape[1:])) if per_channel else ()
         self.register_buffer("ranges", self._ranges(), persistent=False)
 
+    def check_type(self, dtype: torch.dtype) -> None:
+        """Raises ValueError if `dtype` cannot hold all whole numbers of the largest bit-width."""
+        if self.bits[-1] > most_bits(dtype):
+            raise ValueError(
+                f"bits={self.bits[-1]} is not allowed for {dtype}: its whole numbers have "
+                f"{most_bits(dtype)} bits at most"
+            )
+
+    def check_cast(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Raises ValueError, as `check_type` does, for the type that `change` gives to tensors."""
+        self.check_type(change(self.steps.detach()[:0]).dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.check_cast(fn)  # `fn` may be that of .half()
+        return super()._apply(fn, recurse)
+
     def _initial_steps(self, example: Tensor, bits: int, rule: Callable) -> Tensor:
-        """A scalar, or (out, 1, ...) per channel, which fits weights (out, ...)."""
+        """A scalar, or (out,) per channel of weights (out, ...)."""
         if not self.per_channel:
             return rule(example, bits, self.signed)
-        steps = torch.vmap(partial(rule, bits=bits, signed=self.signed))(example.detach())
-        return steps.reshape(-1, *(1 for _ in example.shape[1:]))
+        return torch.vmap(partial(rule, bits=bits, signed=self.signed))(example.detach())
 
     def _ranges(self) -> Tensor:
         """Smallest and largest integers (2, bit-widths)."""
@@ -197,14 +218,17 @@ class Quantizer(nn.Module):
 
         Raises ValueError for other bit-widths.
         """
-        return self.steps.index_select(0, self.position(bits)).squeeze(0).abs()
+        return self._step(self.position(bits))
+
+    def _step(self, position: Tensor) -> Tensor:
+        return self.steps.index_select(0, position).abs().reshape(self.step_shape)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """Fake-quantizes `x` (any shape) at the bit-width of this `position`, shape (1,).
 
         The position is a tensor, so that one compiled program serves all bit-widths.
         """
-        step = self.steps.index_select(0, position).squeeze(0).abs()
+        step = self._step(position)
         q_min, q_max = self.ranges.index_select(1, position).squeeze(1)
         return lsq(x, step, q_min, q_max, self.scale_step_gradient)
 
@@ -213,6 +237,7 @@ class Quantizer(nn.Module):
         return torch.tensor(self.signed)
 
     def set_extra_state(self, state: Tensor) -> None:
+        self.check_type(self.steps.dtype)  # load_state_dict(..., assign=True) may have changed it
         self.signed = bool(state)
         self.ranges.copy_(self._ranges())
 

@@ -1,7 +1,7 @@
 """Any CNN of convolutions, linears and batch norms as a weight-sharing supernet."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
 from .bits import BitConfig, Candidates, check_bits, check_config, check_overrides, smallest
-from .layers import QuantConvBN, QuantLinear
+from .layers import QuantConvBN, QuantLinear, check_pairs
 from .observation import Observation, check_quantized, observe
 from .quantizer import GRANULARITIES, INITIAL_STEPS, Quantizer
 from .tracing import LAYERS, Structure, trace
@@ -62,6 +62,11 @@ def _check_float_model(model: nn.Module) -> None:
     A reparametrised weight is computed anew in each pass, so a quantized one would be overwritten.
     """
     for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise ValueError(
+                f"{name or 'the model'!r} was compiled by torch.compile: pass the network that was "
+                "compiled, its attribute _orig_mod; training compiles the supernet itself"
+            )
         if isinstance(module, (QuantLinear, Quantizer)):
             raise ValueError(f"the model already holds quantized layers ({name!r}): build it anew")
         if isinstance(module, _InstanceNorm) and module.running_mean is not None:
@@ -75,7 +80,7 @@ def _check_float_model(model: nn.Module) -> None:
 
 def check_plain_weight(name: str, layer: nn.Module) -> None:
     """Raises ValueError, with a remedy, if the weight of the layer `name` is no plain parameter."""
-    if isinstance(layer._parameters.get("weight"), nn.Parameter):
+    if layer._parameters.get("weight") is not None:
         return
     if parametrize.is_parametrized(layer, "weight"):
         remedy = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
@@ -93,8 +98,22 @@ def check_plain_weight(name: str, layer: nn.Module) -> None:
     )
 
 
+def _check_parameters(name: str, layer: QuantLinear) -> None:
+    """Raises ValueError if the layer or its norm computes a parameter in each pass."""
+    check_plain_weight(f"{name}.op", layer.op)
+    bank = layer.bank if isinstance(layer, QuantConvBN) else None
+    if bank is not None and bank._parameters.keys() != layer.norm._parameters.keys():
+        raise ValueError(
+            f"the norm of layer {name!r} has other parameters than those of its bit-widths: "
+            f"remove pruning or a parametrization from {name + '.norm'!r} or {name + '.bank'!r}"
+        )
+
+
 def _check_example(model: nn.Module, example: Tensor) -> None:
-    """Raises ValueError unless `example` holds one or more images in the type of the weights."""
+    """Raises ValueError unless `example` holds one or more images in the type of the weights.
+
+    Also within torch.autocast, which computes in another type.
+    """
     if not isinstance(example, Tensor):
         raise ValueError(f"example is a {type(example).__name__}: pass a tensor (N, C, H, W)")
     if not example.numel():
@@ -103,6 +122,8 @@ def _check_example(model: nn.Module, example: Tensor) -> None:
     if types and example.dtype not in types:
         wanted = " or ".join(sorted(map(str, types)))
         raise ValueError(f"example is {example.dtype}, but the model computes in {wanted}")
+    if torch.is_autocast_enabled(example.device.type):
+        raise ValueError("torch.autocast is on, so layers read rounded values: convert outside it")
 
 
 def _is_depthwise(op: nn.Module) -> bool:
@@ -153,9 +174,9 @@ class Supernet(nn.Module):
 
     Raises ValueError, and leaves the model unchanged, for bits or steps that are not allowed, an
     unknown layer name in `overrides`, an `example` that is no batch of images, and a model that
-    torch.fx cannot trace, that already holds quantized layers, that returns no tensor, or in which
-    a layer cannot be quantized or counted. Source: RFQuant (arXiv
-    2401.01543).
+    torch.fx cannot trace, that already holds quantized layers, that was compiled, that returns no
+    tensor, or in which a layer cannot be quantized or counted; and within torch.autocast. Source:
+    RFQuant (arXiv 2401.01543).
     """
 
     @torch.inference_mode(False)  # parameters made in inference mode could not be trained
@@ -283,8 +304,14 @@ class Supernet(nn.Module):
         )
 
     def check(self, config: BitConfig) -> None:
-        """Raises ValueError if `config` misses a layer, names an unknown one or has unfit bits."""
+        """Raises ValueError if `config` misses a layer, names an unknown one or has unfit bits.
+
+        Also if pruning or a parametrization, put on a layer since, would replace its quantized
+        weights or the norms of its bit-widths.
+        """
         check_config("config", config, self.candidates)
+        for name, layer in self.layers.items():
+            _check_parameters(name, layer)
         for info in self.table:
             if info.input_of and config[info.name].act != config[info.input_of].act:
                 raise ValueError(
@@ -304,6 +331,17 @@ class Supernet(nn.Module):
         """Logits (N, classes) of images (N, C, H, W) at `config`, or in float if it is None."""
         self.set_bits(config)
         return self.model(x.clone())  # a network may normalise its images in place
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for module in self.modules():  # all of them, before anything is changed
+            if isinstance(module, Quantizer):
+                module.check_cast(fn)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for name, layer in self.layers.items():  # all of them, before anything is changed
+            check_pairs(layer, state_dict, f"{prefix}model.{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def check_supernet(name: str, model: nn.Module) -> None:

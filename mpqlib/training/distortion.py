@@ -1,12 +1,13 @@
 """Information distortion mitigation (IDM): low-bit outputs are drawn to the high-bit ones."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.linalg import vector_norm
 from torch.utils.hooks import RemovableHandle
 
@@ -51,12 +52,24 @@ def reading(
             handle.remove()
 
 
+def uncounted() -> AbstractContextManager:
+    """Within the block, gradient checkpointing does not count what is saved for the backward pass.
+
+    It compares this with a second pass of the layer, which has no hooks. Compiled programs have no
+    checkpointing of this kind.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
 @dataclass
 class OutputHook:
     """Forward hook of a layer: keeps its outputs at the largest bits, and compares later ones.
 
     A layer may run several times in a pass: each call is compared with the same call. Outputs are
     those after the batch norm. They are read at once, because later operations may overwrite them.
+    Raises ValueError to compare without gradients.
     """
 
     mode: str = "off"  # off, keep or compare
@@ -68,9 +81,16 @@ class OutputHook:
         if self.mode == "keep":
             self.targets.append(output.detach().clone())
         elif self.mode == "compare":
-            difference = output - self.targets[len(self.squares)]
-            # mse_loss would give gradients that are not channels-last, which slows layers below.
-            self.squares.append(vector_norm(difference).square())
+            if not torch.is_grad_enabled():
+                raise ValueError(
+                    "a layer runs without gradients, so IDM would not train it: gradient "
+                    "checkpointing needs use_reentrant=False"
+                )
+            with uncounted():
+                difference = output - self.targets[len(self.squares)]
+                # mse_loss would give gradients that are not channels-last, which slows layers
+                # below.
+                self.squares.append(vector_norm(difference).square())
 
 
 class Distortions:

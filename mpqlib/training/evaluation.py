@@ -38,6 +38,7 @@ def select_device(name: str | torch.device = "auto") -> torch.device:
     return torch.device(name)
 
 
+@torch.inference_mode(False)  # parameters that are moved inside it could no longer be trained
 def move_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     """Moves the model to the device, in the layout that is fastest for images (N, C, H, W).
 

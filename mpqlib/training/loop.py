@@ -46,7 +46,7 @@ from .optimization import (
     step_travel,
 )
 from .scheduler import cosine, freeze, freeze_share, frozen_bits, is_decision, turbulence
-from .speed import check_choice, faster_dtype, is_worth_compiling
+from .speed import check_choice, faster_dtype, fitting_dtype, is_worth_compiling
 from .step import OneShotStep, float_gradients
 
 # Number of the training rules; stored runs name it. 3: those of RFQuant's release, as recorded in
@@ -108,6 +108,7 @@ class TrainConfig:
     compile: str = "auto"
     # Of convolutions and linear layers: float32, bfloat16, or auto, which measures a few steps in
     # both and keeps the faster. A resumed run keeps it too, but a new one may measure otherwise.
+    # bfloat16 holds the integers of 8 bits at most: with larger candidates, auto is float32.
     dtype: str = "float32"
     # Only in several processes: batch norms use the statistics of the whole batch, so that the
     # numbers are those of one process, or those of each process's share, as is torch's default.
@@ -214,8 +215,9 @@ class Run:
     ) -> "Run":
         """A run before its first step. `images`: number of training images.
 
-        Raises ValueError for fewer images than one batch, for `about` that cannot be stored, and
-        for a batch or compilation that several processes cannot share.
+        Raises ValueError for fewer images than one batch, for `about` that cannot be stored, for
+        bfloat16 with candidates above 8 bits, and for a batch or compilation that several processes
+        cannot share.
         """
         if images < config.batch_size:
             raise ValueError(
@@ -233,6 +235,8 @@ class Run:
                 "compile='always' is not allowed for several processes with sync_norms=True: auto "
                 "or never, or sync_norms=False"
             )
+        candidates = model.candidates if isinstance(model, Supernet) else {}
+        dtype = fitting_dtype(c.dtype, candidates)
         optimizers = create_optimizers(
             model,
             momentum=c.momentum,
@@ -254,10 +258,10 @@ class Run:
                 for o in optimizers
             ],
             generator=torch.Generator().manual_seed(c.seed),
-            candidates=model.candidates if isinstance(model, Supernet) else {},
+            candidates=candidates,
             first_step_sizes=step_sizes(model),
             history=[],
-            dtype=c.dtype,
+            dtype=dtype,
             compile=c.compile,
         )
 
@@ -619,8 +623,9 @@ def train(
     ones; and `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
 
     Raises ValueError for a checkpoint that is damaged, was written under other settings, does not
-    fit the model or cannot be written, for fewer images than one batch, for outputs that are no
-    logits (N, classes), and for labels that are not int64 or, on the CPU, no class of the model.
+    fit the model or cannot be written, for fewer images than one batch, for bfloat16 with
+    candidates above 8 bits, for outputs that are no logits (N, classes), and for labels that are
+    not int64 or, on the CPU, no class of the model.
     Raises FloatingPointError, with epoch, step and layer, when losses, gradients or weights become
     NaN or infinite; the checkpoint stays as it was.
     """

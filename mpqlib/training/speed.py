@@ -1,13 +1,15 @@
 """How training runs fastest: the number type of convolutions and linear layers, and compilation."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
+from ..network.bits import Candidates
 from ..network.compilation import can_compile
+from ..network.quantizer import most_bits
 
 DTYPES = "float32", "bfloat16"
 CHOICES = {"dtype": ("auto", *DTYPES), "compile": ("auto", "never", "always")}
@@ -22,6 +24,25 @@ def check_choice(name: str, value: object) -> None:
     if value not in CHOICES[name]:
         *others, last = CHOICES[name]
         raise ValueError(f"{name}={value!r} is not allowed: {', '.join(others)} or {last}")
+
+
+def fitting_dtype(dtype: str, candidates: Mapping[str, Candidates]) -> str:
+    """The setting `dtype`, but float32 for "auto" if bfloat16 cannot hold all candidates' integers.
+
+    `candidates`: of each layer, empty for a float network. Raises ValueError for bfloat16 then.
+    """
+    most = most_bits(torch.bfloat16)
+    wide = {name: max(c.weight + c.act) for name, c in candidates.items()}
+    wide = {name: bits for name, bits in wide.items() if bits > most}
+    if not wide:
+        return dtype
+    if dtype == "bfloat16":
+        name, bits = next(iter(wide.items()))
+        raise ValueError(
+            f"dtype='bfloat16' is not allowed: layer {name!r} has candidates of {bits} bits, but "
+            f"bfloat16 holds whole numbers of {most} bits at most: use float32 or auto"
+        )
+    return "float32"
 
 
 def seconds(task: Callable[[], object]) -> float:

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.data import TensorDataset
 
+import mpqlib
 from mpqlib.network.bits import BitConfig, smallest
 from mpqlib.network.cost import bitops, model_size
 from mpqlib.network.supernet import Supernet
@@ -390,6 +392,67 @@ def test_after_the_named_call_a_pruned_layer_converts():
     prune.l1_unstructured(model.conv2, "weight", 0.5)
     prune.remove(model.conv2, "weight")
     assert len(Supernet(model, images(), (2, 4)).table) == 3
+
+
+def dataset() -> TensorDataset:
+    return TensorDataset(images(8), torch.arange(8) % 4)
+
+
+WAYS_IN = {
+    "a pass": lambda supernet, config: supernet(images(), config),
+    "recalibrate": lambda supernet, config: mpqlib.recalibrate(supernet, dataset(), config),
+    "evaluate": lambda supernet, config: mpqlib.evaluate(supernet, dataset(), config),
+    "save_policy": lambda supernet, config: mpqlib.save_policy("nowhere", supernet, config),
+    "train": lambda supernet, config: mpqlib.train(
+        supernet, dataset(), mpqlib.TrainConfig(epochs=1, batch_size=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("kind", REPARAMETRISED)
+def test_a_weight_reparametrised_after_conversion_is_refused(kind, way, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    change, remedy = REPARAMETRISED[kind]
+    supernet = Supernet(Base(), images(), (2, 4))
+    change(supernet.layers["conv2"].op)
+    with pytest.raises(ValueError, match=rf"'conv2\.op' is not a plain parameter.*{remedy}"):
+        WAYS_IN[way](supernet, supernet.uniform(4))
+    assert not list(tmp_path.iterdir())
+
+
+def test_after_the_named_call_a_pruned_layer_is_quantized_again():
+    supernet, x = Supernet(Base(), images(), (2, 4)), images()
+    op, config = supernet.layers["conv2"].op, supernet.uniform(2)
+    prune.l1_unstructured(op, "weight", 0.5)
+    in_float = supernet(x)
+    prune.remove(op, "weight")
+    assert torch.equal(supernet(x), in_float) and not torch.equal(supernet(x, config), in_float)
+
+
+@pytest.mark.parametrize("part", ["norm", "bank"])
+def test_a_norm_pruned_after_conversion_is_refused(part):
+    supernet, x = Supernet(Base(), images(), (2, 4)), images()
+    norm, config = getattr(supernet.layers["conv1"], part), supernet.uniform(2)
+    prune.l1_unstructured(norm, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"norm of layer 'conv1' .* pruning"):
+        supernet(x, config)
+    prune.remove(norm, "weight")
+    assert supernet(x, config).isfinite().all()
+
+
+def test_a_compiled_network_or_part_is_refused():
+    model, compiled = Base(), torch.compile(Base())
+    with pytest.raises(ValueError, match="'the model' was compiled by torch"):
+        Supernet(compiled, images(), (2, 4))
+    model.conv2 = torch.compile(model.conv2)
+    assert_refused_and_unchanged(model, "'conv2' was compiled by torch.compile")
+    assert Supernet(compiled._orig_mod, images(), (2, 4)).table
+
+
+def test_conversion_within_autocast_is_refused_by_name():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_refused_and_unchanged(Base(), "torch.autocast is on")
 
 
 def test_refused_bits_leave_the_model_as_it_is():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from naive import naive_gradients, naive_quantize, naive_range
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpqlib.network.quantizer import LSQ, Quantizer, integer_range, nested_step
 from mpqlib.network.quantizer import lsq as lsq_between
@@ -296,6 +296,27 @@ def test_bits_that_a_type_cannot_hold_are_refused(dtype, most):
         Quantizer([2, most + 1], torch.ones(4, dtype=dtype))
 
 
+CASTS = [(torch.bfloat16, 8), (torch.float16, 11)]
+
+
+@pytest.mark.parametrize("dtype, most", CASTS)
+def test_a_cast_to_a_type_that_cannot_hold_the_bits_is_refused(dtype, most):
+    quantizer = Quantizer([2, most + 1], torch.ones(4), signed=False)
+    for cast in (quantizer, nn.Sequential(quantizer)):
+        with pytest.raises(ValueError, match=f"bits={most + 1} is not allowed for {dtype}"):
+            cast.to(dtype)
+    assert quantizer.steps.dtype == quantizer.ranges.dtype == torch.float32
+    state = {n: t.to(dtype) if n == "steps" else t for n, t in quantizer.state_dict().items()}
+    with pytest.raises(ValueError, match=f"bits={most + 1} is not allowed for {dtype}"):
+        quantizer.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("dtype, most", CASTS)
+def test_a_cast_there_and_back_keeps_the_range(dtype, most):
+    quantizer = Quantizer([2, most], torch.ones(4), signed=False)
+    assert quantizer.to(dtype).double().ranges[1].tolist() == [3, 2**most - 1]
+
+
 def test_a_quantizer_needs_a_bit_width():
     with pytest.raises(ValueError, match="empty"):
         Quantizer([], torch.ones(1))
@@ -331,6 +352,16 @@ def test_step_gradient_is_exact_for_a_bfloat16_tensor():
         found[dtype] = x_hat.bfloat16(), step.grad, x.grad.float()
     for exact, half in zip(*found.values(), strict=True):
         torch.testing.assert_close(half, exact)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (6, 7)])
+def test_the_steps_of_channels_broadcast_and_can_be_channels_last(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    quantizer = Quantizer((2, 4), weight, True, per_channel=True)
+    before = quantize(quantizer, weight, 2)
+    assert quantizer.steps.shape == (2, shape[0])
+    assert quantizer.step(2).shape == (shape[0], *[1] * (len(shape) - 1))
+    assert torch.equal(quantize(quantizer.to(memory_format=torch.channels_last), weight, 2), before)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

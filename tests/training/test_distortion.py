@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import naive_quantize
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mpqlib.network.bits import BitConfig, Bits, Candidates, sample
 from mpqlib.network.layers import QuantLinear
 from mpqlib.network.supernet import Supernet
 from mpqlib.training.distortion import Distortions, grid_loss, lowest_layers
+from mpqlib.training.step import one_shot_gradients
 
 CANDIDATES = {
     "full": Candidates((2, 3, 4), (2, 3, 4)),
@@ -148,6 +151,48 @@ def test_hooks_live_as_long_as_the_block_or_if_static_until_they_are_removed(blo
     assert not kept(distortions)
     distortions.remove()
     assert hooks_left(net) == 0
+
+
+class Checkpointed(nn.Module):
+    """A block whose activations are computed again in the backward pass."""
+
+    def __init__(self, block, **options):
+        super().__init__()
+        self.block, self.options = block, options
+        self.is_on = False
+
+    def forward(self, x):
+        return checkpoint(self.block, x, **self.options) if self.is_on else self.block(x)
+
+
+def checkpointed(use_reentrant: bool) -> tuple[Supernet, Tensor, Tensor]:
+    torch.manual_seed(0)
+    inner = Checkpointed(nn.Conv2d(8, 8, 3), use_reentrant=use_reentrant)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), inner, nn.Flatten(), nn.Linear(8 * 16, 3)).double()
+    x, y = images(8).tensors
+    return Supernet(net, x.double(), (2, 4), edge_bits=None).train(), x.double(), y
+
+
+def gradients(supernet: Supernet, x: Tensor, y: Tensor) -> list[Tensor]:
+    supernet.zero_grad()
+    configs = [supernet.uniform(2)]
+    one_shot_gradients(supernet, x, y, supernet.candidates, configs, idm_weight=10.0)
+    return [p.grad.clone() for p in supernet.parameters() if p.grad is not None]
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    supernet, x, y = checkpointed(use_reentrant=False)
+    expected = gradients(supernet, x, y)
+    supernet.model[1].is_on = True
+    found = gradients(supernet, x, y)
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def test_checkpointing_that_would_lose_the_gradient_is_refused():
+    supernet, x, y = checkpointed(use_reentrant=True)
+    supernet.model[1].is_on = True
+    with pytest.raises(ValueError, match="checkpointing needs use_reentrant=False"):
+        gradients(supernet, x, y)
 
 
 def test_an_unknown_layer_leaves_no_hook(block):

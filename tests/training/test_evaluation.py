@@ -67,6 +67,18 @@ def test_a_model_that_was_evaluated_can_be_trained(supernet, dataset):
     assert supernet.layers["pointwise"].op.weight.grad is not None
 
 
+def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(supernet, dataset):
+    network, config, x = TinyNet(), supernet.uniform(3), dataset.tensors[0]
+    with torch.inference_mode():
+        evaluate(network, dataset)
+        recalibrate(supernet, dataset, config)
+    found = evaluate(copy.deepcopy(supernet), dataset, config)
+    assert found.loss == evaluate(supernet, dataset, config, calibration=dataset).loss
+    for y in (network(x), supernet.train()(x, config)):
+        y.sum().backward()
+    assert supernet.layers["pointwise"].op.weight.grad is not None
+
+
 def test_decoded_items_are_the_same_in_order(dataset):
     kept = decoded(dataset)
     assert len(kept) == len(dataset)

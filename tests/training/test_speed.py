@@ -7,6 +7,7 @@ import torch
 from conftest import TinyNet, images
 from torch import nn
 
+from mpqlib.network.bits import Candidates
 from mpqlib.network.compilation import can_compile, one_pass
 from mpqlib.network.quantizer import gradients, lsq, quantize
 from mpqlib.network.supernet import Supernet
@@ -75,6 +76,24 @@ def network(one_shot):
     torch.manual_seed(1)
     net = nn.Sequential(TinyNet(), nn.Dropout(0.2))
     return Supernet(net, images(16, seed=1).tensors[0], (2, 3, 4)) if one_shot else net
+
+
+@pytest.mark.parametrize("wide", [Candidates((2, 9), (2,)), Candidates((2,), (2, 9))])
+def test_bfloat16_is_refused_for_candidates_it_cannot_hold(wide, monkeypatch):
+    torch.manual_seed(1)
+    x, other = images(16, seed=1).tensors[0], Candidates((2, 8), (2, 8))
+    overrides = {"pointwise": wide, "depthwise": other}
+    with pytest.raises(ValueError, match=r"dtype='bfloat16' .*'pointwise' .* 9 bits.* 8 bits"):
+        train(
+            Supernet(TinyNet(), x, overrides=overrides),
+            images(48),
+            replace(SHORT, dtype="bfloat16"),
+        )
+    calls = choose(monkeypatch, "bfloat16")
+    _, history = train(Supernet(TinyNet(), x, overrides=overrides), images(48), SHORT)
+    assert not calls and history[0]["dtype"] == "float32"
+    _, history = train(Supernet(TinyNet(), x, (2, 8)), images(48), SHORT)
+    assert calls and history[0]["dtype"] == "bfloat16"
 
 
 def choose(monkeypatch, name):
