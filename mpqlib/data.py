@@ -740,6 +740,16 @@ def imagenet_val(root: str | Path = "data", image_size: int = 224, **view) -> Im
     return Images(source, np.arange(len(source.labels)), plain)
 
 
+def draw(dataset: Dataset | Tensor, count: int) -> list[int]:
+    """Indices of `count` items of `dataset` in a random order that never changes; or of all items.
+
+    Data sets are often sorted by class. The first items would then be of a few classes alone, and
+    so would each batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(len(dataset), generator=generator)[:count].tolist()
+
+
 def loader(
     dataset: Dataset, batch_size: int, generator: torch.Generator | None = None, workers: int = 0
 ) -> DataLoader:

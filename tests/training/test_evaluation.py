@@ -8,6 +8,7 @@ from conftest import TinyNet, images
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from mpqlib.data import draw
 from mpqlib.network.bits import largest
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
@@ -212,7 +213,7 @@ def test_recalibration_measures_the_norms_of_one_configuration_only(supernet, n,
     assert [row for row in rows if not torch.equal(after[key][row], before[key][row])] == [own]
 
     stem = supernet.layers["stem.0"]  # its input is float
-    mean, var = naive_statistics(stem, data.tensors[0], 8, sizes)
+    mean, var = naive_statistics(stem, data.tensors[0][draw(data, n)], 8, sizes)
     bank = stem.bank
     torch.testing.assert_close(bank.running_mean[0].double(), mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(bank.running_var[0].double(), var, rtol=1e-4, atol=1e-5)
@@ -229,16 +230,47 @@ def test_no_batch_of_a_single_image_at_1x1_resolution(n, size):
     assert supernet.layers["0"].bank.running_var.min() > 0
 
 
-def test_recalibration_reads_no_more_images_than_it_may(supernet):
-    data, config = images(32), supernet.uniform(2)
-    recalibrate(supernet, data, config, images=8)
-    few = statistics(supernet)
-    recalibrate(supernet, images(8), config)  # eight others: the labels are drawn first
-    again = statistics(supernet)
-    first = torch.utils.data.Subset(data, range(8))
-    recalibrate(supernet, first, config)
-    assert all(torch.equal(few[k], v) for k, v in statistics(supernet).items())
-    assert not all(torch.equal(few[k], v) for k, v in again.items())
+class Recorded(Dataset):
+    """Items that remember which of them were read."""
+
+    def __init__(self, items):
+        self.items, self.read = items, []
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.items[index]
+
+
+def test_recalibration_reads_as_many_images_as_asked_always_the_same(supernet):
+    read = []
+    for data in Recorded(images(32)), Recorded(images(32)):
+        evaluate(supernet, images(4), supernet.uniform(2), calibration=data, images=8)
+        read.append(set(data.read))
+    assert read[0] == read[1] and len(read[0]) == 8
+
+
+def sorted_by_class(per_class):
+    """Images of eight classes, one class after the other, each of its own brightness."""
+    y = torch.arange(8).repeat_interleave(per_class)
+    x = torch.randn(len(y), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x + 3 * y[:, None, None, None], y)
+
+
+@pytest.mark.parametrize("per_class", [32, 200])  # all images, or some of them
+@pytest.mark.parametrize("order", ["sorted", "cyclic"])
+def test_recalibration_does_not_depend_on_the_order_of_classes(supernet, per_class, order):
+    x, y = sorted_by_class(per_class).tensors
+    if order == "cyclic":
+        x, y = (t.unflatten(0, (8, -1)).transpose(0, 1).flatten(0, 1) for t in (x, y))
+    recalibrate(supernet, TensorDataset(x, y), supernet.uniform(3), images=256, batch_size=32)
+    stem = supernet.layers["stem.0"]
+    mean, var = naive_statistics(stem, x, 8, [len(x)])
+    # A batch of one class alone has about a twentieth of the variance.
+    torch.testing.assert_close(stem.bank.running_var[0].double(), var, rtol=0.25, atol=0)
+    torch.testing.assert_close(stem.bank.running_mean[0].double(), mean, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("wrong", [0, -5, 1, True, "many", 20.0, None])
@@ -445,7 +477,7 @@ def test_a_device_that_is_not_here_is_refused(device):
 def test_evaluate_recalibrates_on_as_many_images_as_asked(supernet, dataset):
     config = supernet.uniform(2)
     found = evaluate(supernet, dataset, config, calibration=images(64), images=8, batch_size=4)
-    recalibrate(supernet, Subset(images(64), range(8)), config, batch_size=4)
+    recalibrate(supernet, images(64), config, images=8, batch_size=4)
     assert evaluate(supernet, dataset, config, batch_size=4).loss == found.loss
 
 
