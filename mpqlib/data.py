@@ -1,12 +1,13 @@
 """Image data sets by name, split into images to train on, to search on and to test on."""
 
 import io
+import os
 import reprlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
@@ -29,6 +30,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TEST_SHARE = 0.2  # of all images, if a data set has no official test images
 SEARCH_LIMIT = 25_000  # images for searches at most: of ImageNet, a fifth would be far too many
+# Pillow's names of the formats that class folders are read in; it knows their file names.
+FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA"}
+FORMATS |= {"TIFF", "WEBP"}
+# Names of the folder of a part, in capitals or not
+PART_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation"),
+}
+# Beside files and folders with a leading dot, what systems leave in folders of images
+LEFT_BEHIND = {"__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini"}
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -240,8 +252,8 @@ class Splits:
 def read_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB with 8 bits per channel.
 
-    Transparent pixels are drawn on white. 16-bit grey values are divided by 257, and float values,
-    which must lie in 0..1, are multiplied by 255.
+    Of several frames, the first is read. Transparent pixels are drawn on white. 16-bit grey values
+    are divided by 257, and float values, which must lie in 0..1, are multiplied by 255.
     Raises FileNotFoundError for a missing file, and ValueError for a damaged file or pixel values
     of unknown range. The message names the file.
     """
@@ -389,7 +401,7 @@ def _torchvision(
     try:
         read = [dataset(root, download=download, **part) for part in parts]
     except (RuntimeError, URLError) as error:  # files are missing, damaged or out of reach
-        if (root / "train").is_dir():
+        if _part_folder(root, "train").is_dir():
             return _named_folders(root, dataset.__name__, classes)
         remedy = "check the connection" if download else "download=True fetches it"
         raise FileNotFoundError(
@@ -406,28 +418,89 @@ def _torchvision(
     return [Source(part, np.asarray(part.targets), tuple(part.classes)) for part in read]
 
 
+def _is_left_behind(name: str) -> bool:
+    """Whether a file or folder is none of a data set, but was left there by a system or editor."""
+    return name.startswith(".") or name in LEFT_BEHIND
+
+
+@cache
+def image_types() -> list[str]:
+    """Endings of the names of image files in class folders, such as ".jpeg"."""
+    return sorted(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in image_types()
+
+
+class ClassFolders(datasets.ImageFolder):
+    """Images in `root/<class>/*`. Others than images are listed in `skipped`, by path."""
+
+    def __init__(self, root: Path):
+        outside = [entry for entry in os.scandir(root) if entry.is_file() and _is_image(entry.path)]
+        self.skipped = [entry.path for entry in outside if not _is_left_behind(entry.name)]
+
+        def is_read(path: str) -> bool:
+            if any(map(_is_left_behind, path[len(str(root)) :].split(os.sep))):
+                return False
+            if not _is_image(path):
+                self.skipped.append(path)
+            return _is_image(path)
+
+        super().__init__(str(root), loader=read_image, is_valid_file=is_read)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Names of the class folders in order, and the label of each."""
+        classes = [name for name in super().find_classes(directory)[0] if not _is_left_behind(name)]
+        if not classes:
+            raise FileNotFoundError(f"no class folder in {directory}")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
 def _class_folders(root: Path, layout: str, classes: Sequence[str] | None = None) -> Source:
-    """Read `root/<class>/*`. Labels are places in `classes`, or else in the sorted folders."""
+    """Read `root/<class>/*`. Labels are places in `classes`, or else in the sorted folders.
+
+    Warns of files that are not read.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; expected {layout}")
     try:
-        images = datasets.ImageFolder(root, loader=read_image)
+        images = ClassFolders(root)
     except FileNotFoundError as error:  # no class folder, or one without images
-        raise FileNotFoundError(f"{root} must hold {layout}: {error}") from error
+        types = f"images are files of the types {image_types()}"
+        raise FileNotFoundError(f"{root} must hold {layout}: {error}; {types}") from error
     classes = tuple(classes or images.classes)
     if unknown := set(images.classes) - set(classes):
         raise ValueError(
             f"{root} has folders that are not classes: {reprlib.repr(sorted(unknown))}; "
             f"the classes are {reprlib.repr(list(classes))}"
         )
+    if images.skipped:
+        warnings.warn(
+            f"{len(images.skipped)} files in {root} are not read, such as {images.skipped[0]}: "
+            f"read are files in class folders, of the types {image_types()}",
+            stacklevel=3,
+        )
     label = np.array([classes.index(folder) for folder in images.classes])
     return Source(images, label[images.targets], classes)
 
 
+def _part_folder(root: Path, part: str) -> Path:
+    """The folder in `root` of "train", "test" or "val" by one of its PART_NAMES, in any case.
+
+    `root/part` if there is none. Raises ValueError if there are several.
+    """
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    found = [path for path in folders if path.name.casefold() in PART_NAMES[part]]
+    if len(found) > 1:
+        raise ValueError(f"{root} holds several folders for {part}/: {sorted(map(str, found))}")
+    return found[0] if found else root / part
+
+
 def _test_folder(root: Path) -> Path:
-    """`root/val` if it replaces `root/test`, or else `root/test`."""
-    val = root / "val"
-    return val if val.is_dir() and not (root / "test").is_dir() else root / "test"
+    """The folder of `root` for val if it replaces that for test, or else that for test."""
+    test, val = _part_folder(root, "test"), _part_folder(root, "val")
+    return val if val.is_dir() and not test.is_dir() else test
 
 
 def _named_folders(root: Path, name: str, classes: Sequence[str]) -> list[Source]:
@@ -443,7 +516,7 @@ def _named_folders(root: Path, name: str, classes: Sequence[str]) -> list[Source
     layout = f"train/<class>/* and test/<class>/* (or val/<class>/*) for the classes of {name}"
     place = {spelling(name): label for label, name in enumerate(classes)}
     sources = []
-    for part in (root / "train", _test_folder(root)):
+    for part in (_part_folder(root, "train"), _test_folder(root)):
         source = _class_folders(part, layout)
         found = [spelling(folder) for folder in source.classes]
         if sorted(found) != sorted(place):
@@ -463,17 +536,30 @@ def _named_folders(root: Path, name: str, classes: Sequence[str]) -> list[Source
 def _imagenet(root: Path, part: str) -> Source:
     layout = "train/<wnid>/* and val/<wnid>/* (imagenet_val needs val alone)"
     # Labels are places among all 1000 sorted names, so some of the folders are enough.
-    return _class_folders(root / part, layout, ImageNetInfo().label_names())
+    return _class_folders(_part_folder(root, part), layout, ImageNetInfo().label_names())
 
 
 def _folder(root: Path, download: bool) -> tuple[Source, Source | None]:
     layout = "train/<class>/* and test/<class>/* (or val/<class>/*), or <class>/* alone"
-    test = _test_folder(root)
-    if not test.is_dir():
-        train = root / "train" if (root / "train").is_dir() else root
-        return _class_folders(train, layout), None
-    train = _class_folders(root / "train", layout)
-    return train, _class_folders(test, layout, train.classes)
+    train, test = _part_folder(root, "train"), _test_folder(root)
+    if test.is_dir():
+        source = _class_folders(train, layout)
+        return source, _class_folders(test, layout, source.classes)
+    if not train.is_dir():
+        return _class_folders(root, layout), None
+    if others := _others(root, train):
+        warnings.warn(
+            f"test images are taken out of {train}: {root} holds no test/ or val/, and its folders "
+            f"{reprlib.repr(others)} are not read",
+            stacklevel=3,
+        )
+    return _class_folders(train, layout), None
+
+
+def _others(root: Path, train: Path) -> list[str]:
+    """Names of the folders beside `train`, without those that systems leave behind."""
+    folders = [path.name for path in root.iterdir() if path.is_dir() and path != train]
+    return sorted(name for name in folders if not _is_left_behind(name))
 
 
 @dataclass(frozen=True)
@@ -616,9 +702,12 @@ def load(
     """Split the data set `name`, one of DATASETS, stored under `root`.
 
     Data sets of torchvision are read from the files that it downloads, or else from image files
-    in train/<class>/* and test/<class>/*. For "npz", `root` is one .npz file of small images with
-    the arrays train_jpeg (bytes of all JPEG files), train_offsets (N + 1; where each file starts),
-    train_labels (N), the same for test, and classes (names).
+    in train/<class>/* and test/<class>/*. "folder" reads any classes from there, or from <class>/*
+    alone. In the place of test/ there may be val/, valid/ or validation/; beside test/ they are not
+    read. Capitals do not matter in these names, and hidden files are left out. For "npz", `root` is
+    one .npz file of small images with the arrays train_jpeg (bytes of all JPEG files),
+    train_offsets (N + 1; where each file starts), train_labels (N), the same for test, and classes
+    (names).
     `image_size`: side in pixels. `search_share`: share of the training images that is held out
     for searches, at most SEARCH_LIMIT images. If the data set has no official test images, it is
     the share of all images, and TEST_SHARE of them are the test images. `seed`: of the split.
@@ -630,7 +719,8 @@ def load(
     value for photographs ("pets", "imagenet", "folder"), because each epoch crops them anew out of
     their full size.
     Raises TypeError or ValueError for a value that is not allowed or data that do not fit, and
-    FileNotFoundError for missing data. Warns of classes without a training image.
+    FileNotFoundError for missing data. Warns of classes without a training image, and of files and
+    folders that are not read.
     """
     if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"name={name!r} is not a data set: one of {list(DATASETS)}")

@@ -367,6 +367,95 @@ def test_folder_layouts(tmp_path):
         data.load("folder", tmp_path)
 
 
+@pytest.mark.parametrize("train", ["train", "Train", "TRAIN", "training"])
+@pytest.mark.parametrize("test", ["test", "Test", "val", "valid", "validation", "Val"])
+def test_folders_of_the_parts_may_be_spelled_otherwise(train, test, tmp_path):
+    paint_classes(tmp_path / train, ["ant", "bee"], 5)
+    paint_classes(tmp_path / test, ["ant", "bee"], 2)
+    splits = data.load("folder", tmp_path, 8)
+    assert splits.classes == ("ant", "bee")
+    assert [len(getattr(splits, part)) for part in PARTS] == [8, 2, 4]
+
+
+def test_named_and_imagenet_folders_may_be_spelled_otherwise_too(tmp_path):
+    paint_classes(tmp_path / "Train", SPELLED, 5)
+    paint_classes(tmp_path / "Valid", SPELLED, 1)
+    assert len(data.load("fashion-mnist", tmp_path, 28).test) == 10
+    paint(tmp_path / "imagenet" / "Val" / "n01440764" / "0.JPEG")
+    assert len(data.imagenet_val(tmp_path / "imagenet", 8)) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "names"), [("train", ("train", "Train")), ("val", ("val", "valid"))]
+)
+def test_two_folders_for_one_part_are_named(part, names, tmp_path):
+    for folder in {"train", *names}:
+        paint_classes(tmp_path / folder, ["ant", "bee"], 5)
+    with pytest.raises(ValueError, match=rf"several folders for {part}/: .*{names[1]}"):
+        data.load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_what_systems_leave_behind_is_no_class_and_no_image(layout, tmp_path):
+    root = tmp_path / layout
+    paint_classes(root, ["ant", "bee", "__MACOSX", ".ipynb_checkpoints"], 10)
+    paint(root / "ant" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    paint(root / "__MACOSX" / "ant" / "._0.png")
+    (root / "ant" / "._0.png").write_bytes(b"of a Macintosh")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (root / "bee" / name).write_bytes(b"")
+    paint(tmp_path / "__MACOSX" / "0.png")
+    splits = data.load("folder", tmp_path, 8)
+    assert splits.classes == ("ant", "bee")
+    assert sum(len(getattr(splits, part)) for part in PARTS) == 20
+
+
+def test_a_folder_of_hidden_folders_alone_holds_no_classes(tmp_path):
+    paint_classes(tmp_path, ["__MACOSX"], 3)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} must hold .*no class folder"):
+        data.load("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "suffix", ["gif", "jfif", "jpe", "GIF", "tga", "jp2", "dib", "apng", "pnm"]
+)
+def test_files_of_other_image_types_are_read(suffix, tmp_path):
+    paint_classes(tmp_path, ["ant", "bee"], 5)
+    for i in range(3):
+        kind = {"jfif": "JPEG", "jpe": "JPEG", "apng": "PNG", "pnm": "PPM", "jp2": "JPEG2000"}
+        path = tmp_path / "ant" / f"other{i}.{suffix}"
+        Image.new("RGB", (20, 14), (200, 30, 90)).save(path, kind.get(suffix, suffix.upper()))
+    splits = data.load("folder", tmp_path, 8)
+    images = [
+        part[i]
+        for part in (splits.calibration, splits.search, splits.test)
+        for i in range(len(part))
+    ]
+    assert [label for _, label in images].count(0) == 8
+    for image, _ in images:
+        torch.testing.assert_close(image, splits.test[0][0], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["train/ant/0.heic", "train/ant/notes.txt", "train/0.png"])
+def test_files_that_are_not_read_are_named(name, tmp_path):
+    paint_classes(tmp_path / "train", ["ant", "bee"], 10)
+    paint(tmp_path / "other.png")
+    (tmp_path / "other.png").rename(tmp_path / name)
+    with pytest.warns(
+        UserWarning, match=f"1 files in {tmp_path}/train are not read, such as .*{name}"
+    ):
+        splits = data.load("folder", tmp_path, 8)
+    assert sum(len(getattr(splits, part)) for part in PARTS) == 20
+
+
+def test_folders_beside_those_that_are_read_are_named(tmp_path):
+    paint_classes(tmp_path / "train", ["ant", "bee"], 10)
+    paint_classes(tmp_path / "holdout", ["ant", "bee"], 2)
+    with pytest.warns(UserWarning, match=r"taken out of .*/train: .*\['holdout'\] are not read"):
+        splits = data.load("folder", tmp_path, 8)
+    assert [len(getattr(splits, part)) for part in PARTS] == [12, 4, 4]
+
+
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", data.CIFAR10), ("pets", data.PETS)])
 def test_named_data_set_in_folders(name, classes, tmp_path):
     paint_classes(tmp_path / "train", classes, 5)
