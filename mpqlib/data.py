@@ -108,7 +108,7 @@ class InMemory(Dataset):
     `padding`: pixels of black around an image, out of which a crop of its own size is taken at
     random; 0 takes the image itself. `flip`: mirror half of the images. `cutout`: side, in pixels,
     of a square at a random place in each image that is set to the mean (arXiv 1708.04552).
-    Raises TypeError or ValueError for a value that is not allowed.
+    Raises ValueError for a value that is not allowed.
     """
 
     images: Tensor  # (N, 3, H, W), uint8, or float from 0 to 1
@@ -588,23 +588,21 @@ DATASETS = {
 
 
 def _check(name: str, value, kind, allowed: str, holds: Callable[..., bool] = lambda _: True):
-    """Raise TypeError unless `value` is of `kind`, and ValueError unless it `holds`."""
-    message = f"{name}={value!r} is not allowed: {allowed}"
+    """Raise ValueError unless `value` is of `kind` and `holds`."""
     # Python counts True and False among the integers.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(message)
-    if not holds(value):
-        raise ValueError(message)
+    is_other = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+    if is_other or not holds(value):
+        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
 
 
 def _resolve(root: str | Path) -> Path:
-    """The whole path of `root`; raises TypeError if it is none."""
+    """The whole path of `root`; raises ValueError if it is none."""
     _check("root", root, str | Path, "a folder, or the file of npz")
     return Path(root).resolve()
 
 
 def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raise TypeError or ValueError unless both are three finite numbers, `std` above 0."""
+    """Raise ValueError unless both are three finite numbers, `std` above 0."""
     three = "a tuple or list of three numbers, all finite"
     for name, channels in dict(mean=mean, std=std).items():
         _check(name, channels, (tuple, list), three, lambda v: len(v) == 3)
@@ -626,7 +624,7 @@ def transforms(
     Evaluation resizes the shorter side to image_size / crop_pct pixels and crops the centre.
     `crop_pct`: None takes 0.875 for photographs and 1 for other data sets. Where it is 1, small
     images are shown whole, as in training: those that are not square are squeezed.
-    Raises TypeError or ValueError for a value that is not allowed.
+    Raises ValueError for a value that is not allowed.
     """
     crop_pct = (0.875 if spec.photographs else 1.0) if crop_pct is None else crop_pct
     _check("image_size", image_size, Integral, "a whole number of pixels from 1", lambda v: v >= 1)
@@ -718,9 +716,9 @@ def load(
     is decoded now, once. 0 reads images from their files again and again, as `Images`. So does any
     value for photographs ("pets", "imagenet", "folder"), because each epoch crops them anew out of
     their full size.
-    Raises TypeError or ValueError for a value that is not allowed or data that do not fit, and
-    FileNotFoundError for missing data. Warns of classes without a training image, and of files and
-    folders that are not read.
+    Raises ValueError for a value that is not allowed or data that do not fit, and FileNotFoundError
+    for missing data. Warns of classes without a training image, and of files and folders that are
+    not read.
     """
     if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"name={name!r} is not a data set: one of {list(DATASETS)}")
@@ -791,8 +789,8 @@ def select_classes(splits: Splits, names: Sequence[str]) -> Splits:
     """The images of some classes of `splits`; their labels are the places in `names`.
 
     Each split keeps the order of its images, so it is stratified if it was before.
-    Raises TypeError unless `names` is a list or tuple, and ValueError for fewer than two names, for
-    one that is repeated or no class, and for a split that would be empty.
+    Raises ValueError unless `names` is a list or tuple, for fewer than two names, for one that is
+    repeated or no class, and for a split that would be empty.
     """
     _check("names", names, (list, tuple), f"two or more of {reprlib.repr(list(splits.classes))}")
     unknown = [name for name in names if name not in splits.classes]
@@ -836,6 +834,7 @@ def draw(dataset: Dataset | Tensor, count: int) -> list[int]:
     Data sets are often sorted by class. The first items would then be of a few classes alone, and
     so would each batch.
     """
+    _check("count", count, Integral, "a whole number from 0", lambda v: v >= 0)
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(len(dataset), generator=generator)[:count].tolist()
 
@@ -845,8 +844,8 @@ def loader(
 ) -> DataLoader:
     """Batches of `dataset`: whole ones in the random order of `generator`, or else all in order.
 
-    Raises TypeError or ValueError for a value that is not allowed, such as a `batch_size` above
-    the number of images together with a `generator`.
+    Raises ValueError for a value that is not allowed, such as a `batch_size` above the number of
+    images together with a `generator`.
     """
     allowed = "a whole number from 1"
     _check("batch_size", batch_size, Integral, allowed, lambda v: v >= 1)

@@ -173,22 +173,22 @@ def test_refuses_values_out_of_range(value, message):
 )
 def test_refuses_values_of_another_type(value):
     ((name, given),) = value.items()
-    with pytest.raises(TypeError, match=re.escape(f"{name}={given!r} is not allowed: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={given!r} is not allowed: ")):
         data.load("digits", **value)
 
 
 @pytest.mark.parametrize("root", [None, 3, ["a"]])
 def test_refuses_a_root_that_is_no_path(root):
     for name in ("digits", "folder", "npz"):
-        with pytest.raises(TypeError, match=re.escape(f"root={root!r} is not allowed: a folder")):
+        with pytest.raises(ValueError, match=re.escape(f"root={root!r} is not allowed: a folder")):
             data.load(name, root)
-    with pytest.raises(TypeError, match=re.escape(f"root={root!r} is not allowed: a folder")):
+    with pytest.raises(ValueError, match=re.escape(f"root={root!r} is not allowed: a folder")):
         data.imagenet_val(root)
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_mean_and_std_hold_numbers(name):
-    with pytest.raises(TypeError, match=rf"{name}='0\.5' is not allowed: .*three numbers"):
+    with pytest.raises(ValueError, match=rf"{name}='0\.5' is not allowed: .*three numbers"):
         data.load("digits", **{name: (0.5, 0.5, "0.5")})
 
 
@@ -743,6 +743,16 @@ def test_loader_shuffles_only_with_a_generator(digits):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_drawn_images_are_of_all_classes_and_always_the_same(digits):
+    ordered = sorted(range(len(digits.test)), key=lambda i: digits.test.labels[i])
+    drawn = data.draw(ordered, 100)
+    assert drawn == data.draw(ordered, 100) and len(set(drawn)) == 100
+    assert {int(digits.test.labels[ordered[i]]) for i in drawn} == set(range(10))
+    assert sorted(data.draw(ordered, 10**6)) == list(range(len(ordered)))
+    with pytest.raises(ValueError, match="count=-1 is not allowed: a whole number from 0"):
+        data.draw(ordered, -1)
+
+
 def test_loader_refuses_batches_that_do_not_fit(digits):
     with pytest.raises(ValueError, match=r"batch_size=400 is not allowed: at most 359"):
         data.loader(digits.search, 400, torch.Generator())
@@ -750,9 +760,9 @@ def test_loader_refuses_batches_that_do_not_fit(digits):
     with pytest.raises(ValueError, match="batch_size=0 is not allowed: a whole number from 1"):
         data.loader(digits.search, 0)
     for value in ("64", 64.0, True):
-        with pytest.raises(TypeError, match=f"batch_size={value!r} is not allowed"):
+        with pytest.raises(ValueError, match=f"batch_size={value!r} is not allowed"):
             data.loader(digits.search, value)
-        with pytest.raises(TypeError, match=f"workers={value!r} is not allowed"):
+        with pytest.raises(ValueError, match=f"workers={value!r} is not allowed"):
             data.loader(digits.search, 64, workers=value)
     with pytest.raises(ValueError, match="workers=-1 is not allowed: a whole number from 0"):
         data.loader(digits.search, 64, workers=-1)
@@ -1052,24 +1062,24 @@ def test_images_and_labels_in_memory_must_fit(images, labels):
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"),
+    "value",
     [
-        (dict(mean=(0, 0)), ValueError),
-        (dict(mean=(0, 0, float("nan"))), ValueError),
-        (dict(mean=("0", 0, 0)), TypeError),
-        (dict(mean=torch.zeros(3)), TypeError),
-        (dict(std=(1, 1, 0)), ValueError),
-        (dict(std=1), TypeError),
-        (dict(padding=-1), ValueError),
-        (dict(padding=1.0), TypeError),
-        (dict(flip=1), TypeError),
+        dict(mean=(0, 0)),
+        dict(mean=(0, 0, float("nan"))),
+        dict(mean=("0", 0, 0)),
+        dict(mean=torch.zeros(3)),
+        dict(std=(1, 1, 0)),
+        dict(std=1),
+        dict(padding=-1),
+        dict(padding=1.0),
+        dict(flip=1),
     ],
     ids=repr,
 )
-def test_images_in_memory_refuse_settings_that_are_not_allowed(value, kind):
+def test_images_in_memory_refuse_settings_that_are_not_allowed(value):
     images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4).long()
     ((name, _),) = value.items()
-    with pytest.raises(kind, match=f"{name}=.* is not allowed"):
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed"):
         data.InMemory(images, labels, **(dict(mean=(0, 0, 0), std=(1, 1, 1)) | value))
 
 
@@ -1137,17 +1147,17 @@ def test_selected_classes_are_in_memory_once_and_augmented(digits):
 
 
 @pytest.mark.parametrize(
-    ("names", "kind", "message"),
+    ("names", "message"),
     [
-        ("01", TypeError, "names='01'"),
-        (["1"], ValueError, "two or more"),
-        (["1", "1"], ValueError, "different"),
-        (["1", "ten"], ValueError, "ten"),
-        ([1, 2], ValueError, "different ones"),
+        ("01", "names='01'"),
+        (["1"], "two or more"),
+        (["1", "1"], "different"),
+        (["1", "ten"], "ten"),
+        ([1, 2], "different ones"),
     ],
 )
-def test_classes_that_cannot_be_selected_are_refused(digits, names, kind, message):
-    with pytest.raises(kind, match=message):
+def test_classes_that_cannot_be_selected_are_refused(digits, names, message):
+    with pytest.raises(ValueError, match=message):
         data.select_classes(digits, names)
 
 

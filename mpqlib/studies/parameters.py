@@ -12,7 +12,7 @@ from ..data import DATASETS
 from ..files import check_writable
 from ..models import create, is_torchvision
 from ..network.bits import LARGEST, SMALLEST
-from ..training.loop import RANGES, TrainConfig
+from ..training.loop import RANGES, TrainConfig, explain_text
 
 _MOST = 10**9  # what is larger is a slip of the pen
 
@@ -88,7 +88,7 @@ def optional(rule: Rule) -> Rule:
 def _is_classifier(value: object) -> bool:
     try:
         return is_torchvision(value) in (True, False)
-    except (TypeError, ValueError):
+    except ValueError:
         return False
 
 
@@ -164,7 +164,8 @@ def check_parameters(rules: Mapping[str, Rule] | None = None, /, **parameters: o
 
 def _check(name: str, value: object, rule: Rule) -> None:
     if not rule.holds(value):
-        raise ValueError(f"{name}={value!r} is not allowed: {rule.allowed}")
+        message = f"{name}={value!r} is not allowed: {rule.allowed}"
+        raise ValueError(message + explain_text(value))
 
 
 def check_training(name: str, options: object, own: Sequence[str] = ("epochs", "seed")) -> None:

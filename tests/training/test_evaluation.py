@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from conftest import TinyNet, images
+from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from mpqlib.data import draw
 from mpqlib.network.bits import largest
@@ -15,6 +16,7 @@ from mpqlib.search.error import batch_error
 from mpqlib.training.evaluation import (
     batch_norms,
     batch_statistics,
+    check_dataset,
     decoded,
     evaluate,
     recalibrate,
@@ -186,6 +188,105 @@ def test_evaluate_refuses_what_it_cannot_count(supernet, dataset):
     assert network.training
 
 
+class Items(Dataset):
+    """Forty-eight items made of the pair (image, label)."""
+
+    def __init__(self, change):
+        self.pairs, self.change = images(48), change
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.change(*self.pairs[index])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(images(48))
+
+
+UNFIT = {
+    "dict": (Items(lambda x, y: {"image": x, "label": y}), "has items that are a dict : pass a"),
+    "three": (Items(lambda x, y: (x, y, 0)), "has items that are a tuple of 3 : pass a dataset of"),
+    "image": (Items(lambda x, y: x), "has items that are a Tensor : pass a dataset of items"),
+    "tuple of one": (TensorDataset(images(48).tensors[0]), "a tuple of 1 : pass a dataset"),
+    "PIL": (Items(lambda x, y: (Image.new("RGB", (8, 8)), y)), "images that are a Image: a tensor"),
+    "flat": (Items(lambda x, y: (x.flatten(), y)), r"a Tensor of shape \(192,\): a tensor \(C, H"),
+    "named": (Items(lambda x, y: (x, "cat")), "has labels that are a str: a class is needed"),
+    "stream": (Stream(), "is a Stream: pass a dataset of items"),
+    "mapping": ({"train": images(48)}, "is a dict: pass a dataset of items"),
+    "float64": (Items(lambda x, y: (x.double(), y)), "images in torch.float64: the model reads t"),
+    "uint8": (
+        Items(lambda x, y: (x.byte(), y)),
+        "images in torch.uint8: the model reads torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("unfit", "message"), UNFIT.values(), ids=UNFIT)
+def test_items_that_are_no_images_with_labels_are_named_before_any_work(
+    supernet, dataset, unfit, message, tmp_path
+):
+    config, short = supernet.uniform(2), TrainConfig(epochs=1, batch_size=16)
+    for call in (
+        lambda: train(TinyNet(), unfit, short, checkpoint=tmp_path / "c.safetensors"),
+        lambda: train(supernet, unfit, short),
+        lambda: evaluate(TinyNet(), unfit),
+        lambda: evaluate(supernet, unfit, config),
+        lambda: recalibrate(supernet, unfit, config),
+    ):
+        with pytest.raises(ValueError, match=f"^dataset .*{message}"):
+            call()
+    with pytest.raises(ValueError, match=f"^calibration .*{message}"):
+        evaluate(supernet, dataset, config, calibration=unfit)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.double, torch.Tensor.numpy])
+def test_images_of_the_type_of_the_network_are_read(dataset, change):
+    network = TinyNet().double() if change is torch.Tensor.double else TinyNet()
+    data = Items(lambda x, y: (change(x), y))
+    network, history = train(network, data, TrainConfig(epochs=1, batch_size=16))
+    assert len(history) == 1 and len(evaluate(network, data).correct) == 48
+
+
+class Bytes(nn.Module):
+    """Converts its images itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = TinyNet()
+
+    def forward(self, x):
+        return self.net(x.float() / 255)
+
+
+def test_a_network_may_convert_its_images_itself(dataset):
+    data = Items(lambda x, y: ((50 * x + 128).clamp(0, 255).byte(), y))
+    network, _ = train(Bytes(), data, TrainConfig(epochs=1, batch_size=16))
+    assert len(evaluate(network, data).correct) == 48
+
+
+def test_checking_a_data_set_draws_no_random_number(supernet):
+    data = Items(lambda x, y: (x + torch.rand(()), y))
+    before = torch.get_rng_state()
+    check_dataset("dataset", data, supernet)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "8", None])
+def test_numbers_of_images_are_whole_numbers(supernet, dataset, wrong):
+    config = supernet.uniform(2)
+    for call in (recalibrate, evaluate):
+        with pytest.raises(
+            ValueError, match=f"batch_size={wrong!r} is not allowed: a whole number"
+        ):
+            call(supernet, dataset, config, batch_size=wrong)
+        with pytest.raises(ValueError, match=f"images={wrong!r} is not allowed: a whole number"):
+            call(supernet, dataset, config, images=wrong)
+
+
 def naive_statistics(layer, x, bits, sizes):
     """Mean and unbiased variance of a convolution's outputs, averaged over batches, in float64."""
     # 8-bit weights differ from the float ones: quantize by the step's grid
@@ -231,7 +332,7 @@ def test_no_batch_of_a_single_image_at_1x1_resolution(n, size):
 
 
 class Recorded(Dataset):
-    """Items that remember which of them were read."""
+    """Items that remember which of them were read in batches."""
 
     def __init__(self, items):
         self.items, self.read = items, []
@@ -240,16 +341,19 @@ class Recorded(Dataset):
         return len(self.items)
 
     def __getitem__(self, index):
-        self.read.append(index)
         return self.items[index]
+
+    def __getitems__(self, indices):
+        self.read += indices
+        return [self.items[i] for i in indices]
 
 
 def test_recalibration_reads_as_many_images_as_asked_always_the_same(supernet):
     read = []
     for data in Recorded(images(32)), Recorded(images(32)):
         evaluate(supernet, images(4), supernet.uniform(2), calibration=data, images=8)
-        read.append(set(data.read))
-    assert read[0] == read[1] and len(read[0]) == 8
+        read.append(data.read)
+    assert read[0] == read[1] and len(set(read[0])) == 8
 
 
 def sorted_by_class(per_class):
