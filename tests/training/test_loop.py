@@ -425,7 +425,7 @@ def test_workers_that_are_no_whole_number_are_named(dataset, workers):
 
 
 def test_a_config_of_another_type_is_named(dataset):
-    with pytest.raises(ValueError, match="config=.*epochs.* is not allowed: a TrainConfig"):
+    with pytest.raises(ValueError, match=r"config=.*epochs.* is not allowed: a TrainConfig"):
         train(TinyNet(), dataset, {"epochs": 1})
 
 
