@@ -70,8 +70,8 @@ def check_dataset(name: str, dataset: Dataset, model: nn.Module | None = None) -
     with torch.random.fork_rng(devices=[]):  # augmentation draws from the global generator
         item = dataset[0]
     if not isinstance(item, (tuple, list)) or len(item) != 2:
-        pair = f"of {len(item)} " if isinstance(item, (tuple, list)) else ""
-        raise ValueError(f"{name} has items that are a {type(item).__name__} {pair}: pass {items}")
+        length = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+        raise ValueError(f"{name} has items that are a {type(item).__name__}{length}: pass {items}")
     image, label = (torch.as_tensor(v) if isinstance(v, np.ndarray) else v for v in item)
     if not isinstance(image, Tensor) or image.dim() != 3:
         shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""

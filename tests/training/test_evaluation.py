@@ -207,10 +207,10 @@ class Stream(IterableDataset):
 
 
 UNFIT = {
-    "dict": (Items(lambda x, y: {"image": x, "label": y}), "has items that are a dict : pass a"),
-    "three": (Items(lambda x, y: (x, y, 0)), "has items that are a tuple of 3 : pass a dataset of"),
-    "image": (Items(lambda x, y: x), "has items that are a Tensor : pass a dataset of items"),
-    "tuple of one": (TensorDataset(images(48).tensors[0]), "a tuple of 1 : pass a dataset"),
+    "dict": (Items(lambda x, y: {"image": x, "label": y}), "has items that are a dict: pass a"),
+    "three": (Items(lambda x, y: (x, y, 0)), "has items that are a tuple of 3: pass a dataset of"),
+    "image": (Items(lambda x, y: x), "has items that are a Tensor: pass a dataset of items"),
+    "tuple of one": (TensorDataset(images(48).tensors[0]), "a tuple of 1: pass a dataset"),
     "PIL": (Items(lambda x, y: (Image.new("RGB", (8, 8)), y)), "images that are a Image: a tensor"),
     "flat": (Items(lambda x, y: (x.flatten(), y)), r"a Tensor of shape \(192,\): a tensor \(C, H"),
     "named": (Items(lambda x, y: (x, "cat")), "has labels that are a str: a class is needed"),
