@@ -133,9 +133,9 @@ class InMemory(Dataset):
                 f"do not fit: one torch.int64 for each of {shape[0]} images, on {device}"
             )
         _check_normalisation(self.mean, self.std)
-        _check("padding", self.padding, Integral, "a whole number from 0", lambda v: v >= 0)
-        _check("flip", self.flip, bool, "True or False")
-        _check("cutout", self.cutout, Integral, "a whole number from 0", lambda v: v >= 0)
+        check_value("padding", self.padding, Integral, "a whole number from 0", lambda v: v >= 0)
+        check_value("flip", self.flip, bool, "True or False")
+        check_value("cutout", self.cutout, Integral, "a whole number from 0", lambda v: v >= 0)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -587,7 +587,7 @@ DATASETS = {
 }
 
 
-def _check(name: str, value, kind, allowed: str, holds: Callable[..., bool] = lambda _: True):
+def check_value(name: str, value, kind, allowed: str, holds: Callable[..., bool] = lambda _: True):
     """Raise ValueError unless `value` is of `kind` and `holds`."""
     # Python counts True and False among the integers.
     is_other = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
@@ -597,7 +597,7 @@ def _check(name: str, value, kind, allowed: str, holds: Callable[..., bool] = la
 
 def _resolve(root: str | Path) -> Path:
     """The whole path of `root`; raises ValueError if it is none."""
-    _check("root", root, str | Path, "a folder, or the file of npz")
+    check_value("root", root, str | Path, "a folder, or the file of npz")
     return Path(root).resolve()
 
 
@@ -605,10 +605,10 @@ def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
     """Raise ValueError unless both are three finite numbers, `std` above 0."""
     three = "a tuple or list of three numbers, all finite"
     for name, channels in dict(mean=mean, std=std).items():
-        _check(name, channels, (tuple, list), three, lambda v: len(v) == 3)
+        check_value(name, channels, (tuple, list), three, lambda v: len(v) == 3)
         for value in channels:
-            _check(name, value, Real, three, isfinite)
-    _check("std", std, (tuple, list), f"{three} and above 0", lambda v: min(v) > 0)
+            check_value(name, value, Real, three, isfinite)
+    check_value("std", std, (tuple, list), f"{three} and above 0", lambda v: min(v) > 0)
 
 
 def transforms(
@@ -627,11 +627,13 @@ def transforms(
     Raises ValueError for a value that is not allowed.
     """
     crop_pct = (0.875 if spec.photographs else 1.0) if crop_pct is None else crop_pct
-    _check("image_size", image_size, Integral, "a whole number of pixels from 1", lambda v: v >= 1)
+    check_value(
+        "image_size", image_size, Integral, "a whole number of pixels from 1", lambda v: v >= 1
+    )
     _check_normalisation(mean, std)
-    _check("crop_pct", crop_pct, Real, "above 0, at most 1", lambda v: 0 < v <= 1)
+    check_value("crop_pct", crop_pct, Real, "above 0, at most 1", lambda v: 0 < v <= 1)
     modes = [mode.value for mode in v2.InterpolationMode]
-    _check("interpolation", interpolation, str, f"one of {modes}", lambda v: v in modes)
+    check_value("interpolation", interpolation, str, f"one of {modes}", lambda v: v in modes)
     image_size, mode = int(image_size), v2.InterpolationMode(interpolation)
     whole = [v2.Resize((image_size, image_size), mode)]
     if spec.photographs:
@@ -722,13 +724,13 @@ def load(
     """
     if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"name={name!r} is not a data set: one of {list(DATASETS)}")
-    _check("search_share", search_share, Real, "between 0 and 1", lambda v: 0 < v < 1)
-    _check("seed", seed, Integral, "a whole number from 0", lambda v: v >= 0)
-    _check("download", download, bool, "True or False")
-    _check("memory_gb", memory_gb, Real, "a number from 0", lambda v: v >= 0)
+    check_value("search_share", search_share, Real, "between 0 and 1", lambda v: 0 < v < 1)
+    check_value("seed", seed, Integral, "a whole number from 0", lambda v: v >= 0)
+    check_value("download", download, bool, "True or False")
+    check_value("memory_gb", memory_gb, Real, "a number from 0", lambda v: v >= 0)
     if train_images is not None:
         allowed = "a whole number from 1, or None for all images"
-        _check("train_images", train_images, Integral, allowed, lambda v: v >= 1)
+        check_value("train_images", train_images, Integral, allowed, lambda v: v >= 1)
     augmented, plain = transforms(DATASETS[name], image_size, **view)
     pool, official = DATASETS[name].read(_resolve(root), download)
     order, total = _stratified_order(pool.labels, seed), len(pool.labels)
@@ -792,7 +794,9 @@ def select_classes(splits: Splits, names: Sequence[str]) -> Splits:
     Raises ValueError unless `names` is a list or tuple, for fewer than two names, for one that is
     repeated or no class, and for a split that would be empty.
     """
-    _check("names", names, (list, tuple), f"two or more of {reprlib.repr(list(splits.classes))}")
+    check_value(
+        "names", names, (list, tuple), f"two or more of {reprlib.repr(list(splits.classes))}"
+    )
     unknown = [name for name in names if name not in splits.classes]
     if unknown or len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(
@@ -834,7 +838,7 @@ def draw(dataset: Dataset | Tensor, count: int) -> list[int]:
     Data sets are often sorted by class. The first items would then be of a few classes alone, and
     so would each batch.
     """
-    _check("count", count, Integral, "a whole number from 0", lambda v: v >= 0)
+    check_value("count", count, Integral, "a whole number from 0", lambda v: v >= 0)
     generator = torch.Generator().manual_seed(0)
     return torch.randperm(len(dataset), generator=generator)[:count].tolist()
 
@@ -848,13 +852,13 @@ def loader(
     images together with a `generator`.
     """
     allowed = "a whole number from 1"
-    _check("batch_size", batch_size, Integral, allowed, lambda v: v >= 1)
-    _check("workers", workers, Integral, "a whole number from 0", lambda v: v >= 0)
+    check_value("batch_size", batch_size, Integral, allowed, lambda v: v >= 1)
+    check_value("workers", workers, Integral, "a whole number from 0", lambda v: v >= 0)
     shuffle = generator is not None
     if shuffle:  # an incomplete batch is dropped
         images = len(dataset)
         allowed = f"at most {images}, the number of images"
-        _check("batch_size", batch_size, Integral, allowed, lambda v: v <= images)
+        check_value("batch_size", batch_size, Integral, allowed, lambda v: v <= images)
     # Without a generator of its own the loader would draw from torch's global one.
     own = generator or torch.Generator()
     return DataLoader(

@@ -2,14 +2,16 @@
 
 from functools import partial
 from math import ceil, inf
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from ..data import check_value
 from ..network.observation import eval_mode, hooked
 from ..network.quantizer import Quantizer, integer_range
 from ..network.supernet import Supernet, check_supernet
-from .evaluation import check_count, check_images, check_statistics, void_statistics
+from .evaluation import check_images, check_statistics, void_statistics
 
 SHARES = torch.logspace(-1.3, 0, 81)  # of the largest step that is tried, 4% from one to the next
 SAMPLE = 2**15  # values that a layer reads, at most, for the step sizes of its activations
@@ -84,7 +86,7 @@ def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
     check_supernet("supernet", supernet)
     check_statistics(supernet, None)
     check_images(images, supernet)
-    check_count("batch_size", batch_size, 1)
+    check_value("batch_size", batch_size, Integral, "a whole number from 1", lambda v: v >= 1)
     for name, layer in supernet.layers.items():
         if not layer.op.weight.isfinite().all():
             raise ValueError(f"the weight of {name!r} holds values that are not finite")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ..data import draw
+from ..data import check_value, draw
 from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
 from ..network.observation import eval_mode, hooked
@@ -47,12 +47,6 @@ def move_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     deep = any(t.dim() == 5 for t in (*model.parameters(), *model.buffers()))
     layout = torch.preserve_format if deep else torch.channels_last
     return model.to(device, memory_format=layout)
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Raises ValueError unless `value`, the parameter `name`, is a whole number from `least` on."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")
 
 
 def check_dataset(name: str, dataset: Dataset, model: nn.Module | None = None) -> None:
@@ -169,8 +163,8 @@ def evaluate(
     check_dataset("dataset", dataset, model)
     if not len(dataset):
         raise ValueError("dataset is empty: there is nothing to evaluate")
-    check_count("images", images, 2)
-    check_count("batch_size", batch_size, 1)
+    check_value("images", images, Integral, "a whole number from 2", lambda v: v >= 2)
+    check_value("batch_size", batch_size, Integral, "a whole number from 1", lambda v: v >= 1)
     device = select_device(device)
     if isinstance(model, Supernet):
         if calibration is not None:
@@ -382,8 +376,8 @@ def recalibrate(
     """
     check_supernet("supernet", supernet)
     check_dataset("dataset", dataset, supernet)
-    check_count("images", images, 2)
-    check_count("batch_size", batch_size, 1)
+    check_value("images", images, Integral, "a whole number from 2", lambda v: v >= 2)
+    check_value("batch_size", batch_size, Integral, "a whole number from 1", lambda v: v >= 1)
     if (count := min(images, len(dataset))) < 2:
         raise ValueError(f"dataset holds {count} images: recalibration needs at least 2")
     if config is not None:

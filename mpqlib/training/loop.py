@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
-from ..data import InMemory
+from ..data import InMemory, check_value
 from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet, tie, tied_inputs
@@ -30,7 +30,7 @@ from .distributed import (
     from_first,
     rank_and_size,
 )
-from .evaluation import check_count, check_dataset, move_channels_last, select_device
+from .evaluation import check_dataset, move_channels_last, select_device
 from .optimization import (
     average_weights,
     averaged_model,
@@ -479,8 +479,7 @@ class Checkpoint:
     """
 
     def __init__(self, run: Run, path: str | Path | None, minutes: float):
-        if not isinstance(minutes, Real) or isinstance(minutes, bool) or not minutes >= 0:
-            raise ValueError(f"checkpoint_minutes={minutes!r} is not allowed: a number, at least 0")
+        check_value("checkpoint_minutes", minutes, Real, "a number from 0", lambda v: v >= 0)
         self.run, self.path, self.minutes = run, path and Path(path), minutes
         if self.path:
             check_writable(self.path)
@@ -643,7 +642,7 @@ def train(
     if not isinstance(config, TrainConfig):
         raise ValueError(f"config={config!r} is not allowed: a TrainConfig is needed")
     check_dataset("dataset", dataset, model)
-    check_count("workers", workers, 0)
+    check_value("workers", workers, Integral, "a whole number from 0", lambda v: v >= 0)
     device = select_device(device)
     model = move_channels_last(model, device).train()
     model.zero_grad()  # a gradient from before would count in the first step
