@@ -1,12 +1,13 @@
 """Image data sets by name, split into images to train on, to search on and to test on."""
 
 import io
+import os
 import reprlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
@@ -29,6 +30,17 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 TEST_SHARE = 0.2  # of all images, if a data set has no official test images
 SEARCH_LIMIT = 25_000  # images for searches at most: of ImageNet, a fifth would be far too many
+# Pillow's names of the formats that class folders are read in; it knows their file names.
+FORMATS = {"AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA"}
+FORMATS |= {"TIFF", "WEBP"}
+# Names of the folder of a part, in capitals or not
+PART_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation"),
+}
+# Beside files and folders with a leading dot, what systems leave in folders of images
+LEFT_BEHIND = {"__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini"}
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -96,7 +108,7 @@ class InMemory(Dataset):
     `padding`: pixels of black around an image, out of which a crop of its own size is taken at
     random; 0 takes the image itself. `flip`: mirror half of the images. `cutout`: side, in pixels,
     of a square at a random place in each image that is set to the mean (arXiv 1708.04552).
-    Raises TypeError or ValueError for a value that is not allowed.
+    Raises ValueError for a value that is not allowed.
     """
 
     images: Tensor  # (N, 3, H, W), uint8, or float from 0 to 1
@@ -121,9 +133,9 @@ class InMemory(Dataset):
                 f"do not fit: one torch.int64 for each of {shape[0]} images, on {device}"
             )
         _check_normalisation(self.mean, self.std)
-        _check("padding", self.padding, Integral, "a whole number from 0", lambda v: v >= 0)
-        _check("flip", self.flip, bool, "True or False")
-        _check("cutout", self.cutout, Integral, "a whole number from 0", lambda v: v >= 0)
+        check_value("padding", self.padding, Integral, "a whole number from 0", lambda v: v >= 0)
+        check_value("flip", self.flip, bool, "True or False")
+        check_value("cutout", self.cutout, Integral, "a whole number from 0", lambda v: v >= 0)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -240,8 +252,8 @@ class Splits:
 def read_image(path: str | Path) -> Image.Image:
     """Read an image file as RGB with 8 bits per channel.
 
-    Transparent pixels are drawn on white. 16-bit grey values are divided by 257, and float values,
-    which must lie in 0..1, are multiplied by 255.
+    Of several frames, the first is read. Transparent pixels are drawn on white. 16-bit grey values
+    are divided by 257, and float values, which must lie in 0..1, are multiplied by 255.
     Raises FileNotFoundError for a missing file, and ValueError for a damaged file or pixel values
     of unknown range. The message names the file.
     """
@@ -389,7 +401,7 @@ def _torchvision(
     try:
         read = [dataset(root, download=download, **part) for part in parts]
     except (RuntimeError, URLError) as error:  # files are missing, damaged or out of reach
-        if (root / "train").is_dir():
+        if _part_folder(root, "train").is_dir():
             return _named_folders(root, dataset.__name__, classes)
         remedy = "check the connection" if download else "download=True fetches it"
         raise FileNotFoundError(
@@ -406,28 +418,89 @@ def _torchvision(
     return [Source(part, np.asarray(part.targets), tuple(part.classes)) for part in read]
 
 
+def _is_left_behind(name: str) -> bool:
+    """Whether a file or folder is none of a data set, but was left there by a system or editor."""
+    return name.startswith(".") or name in LEFT_BEHIND
+
+
+@cache
+def image_types() -> list[str]:
+    """Endings of the names of image files in class folders, such as ".jpeg"."""
+    return sorted(end for end, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in image_types()
+
+
+class ClassFolders(datasets.ImageFolder):
+    """Images in `root/<class>/*`. Others than images are listed in `skipped`, by path."""
+
+    def __init__(self, root: Path):
+        outside = [entry for entry in os.scandir(root) if entry.is_file() and _is_image(entry.path)]
+        self.skipped = [entry.path for entry in outside if not _is_left_behind(entry.name)]
+
+        def is_read(path: str) -> bool:
+            if any(map(_is_left_behind, path[len(str(root)) :].split(os.sep))):
+                return False
+            if not _is_image(path):
+                self.skipped.append(path)
+            return _is_image(path)
+
+        super().__init__(str(root), loader=read_image, is_valid_file=is_read)
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Names of the class folders in order, and the label of each."""
+        classes = [name for name in super().find_classes(directory)[0] if not _is_left_behind(name)]
+        if not classes:
+            raise FileNotFoundError(f"no class folder in {directory}")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
 def _class_folders(root: Path, layout: str, classes: Sequence[str] | None = None) -> Source:
-    """Read `root/<class>/*`. Labels are places in `classes`, or else in the sorted folders."""
+    """Read `root/<class>/*`. Labels are places in `classes`, or else in the sorted folders.
+
+    Warns of files that are not read.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; expected {layout}")
     try:
-        images = datasets.ImageFolder(root, loader=read_image)
+        images = ClassFolders(root)
     except FileNotFoundError as error:  # no class folder, or one without images
-        raise FileNotFoundError(f"{root} must hold {layout}: {error}") from error
+        types = f"images are files of the types {image_types()}"
+        raise FileNotFoundError(f"{root} must hold {layout}: {error}; {types}") from error
     classes = tuple(classes or images.classes)
     if unknown := set(images.classes) - set(classes):
         raise ValueError(
             f"{root} has folders that are not classes: {reprlib.repr(sorted(unknown))}; "
             f"the classes are {reprlib.repr(list(classes))}"
         )
+    if images.skipped:
+        warnings.warn(
+            f"{len(images.skipped)} files in {root} are not read, such as {images.skipped[0]}: "
+            f"read are files in class folders, of the types {image_types()}",
+            stacklevel=3,
+        )
     label = np.array([classes.index(folder) for folder in images.classes])
     return Source(images, label[images.targets], classes)
 
 
+def _part_folder(root: Path, part: str) -> Path:
+    """The folder in `root` of "train", "test" or "val" by one of its PART_NAMES, in any case.
+
+    `root/part` if there is none. Raises ValueError if there are several.
+    """
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    found = [path for path in folders if path.name.casefold() in PART_NAMES[part]]
+    if len(found) > 1:
+        raise ValueError(f"{root} holds several folders for {part}/: {sorted(map(str, found))}")
+    return found[0] if found else root / part
+
+
 def _test_folder(root: Path) -> Path:
-    """`root/val` if it replaces `root/test`, or else `root/test`."""
-    val = root / "val"
-    return val if val.is_dir() and not (root / "test").is_dir() else root / "test"
+    """The folder of `root` for val if it replaces that for test, or else that for test."""
+    test, val = _part_folder(root, "test"), _part_folder(root, "val")
+    return val if val.is_dir() and not test.is_dir() else test
 
 
 def _named_folders(root: Path, name: str, classes: Sequence[str]) -> list[Source]:
@@ -443,7 +516,7 @@ def _named_folders(root: Path, name: str, classes: Sequence[str]) -> list[Source
     layout = f"train/<class>/* and test/<class>/* (or val/<class>/*) for the classes of {name}"
     place = {spelling(name): label for label, name in enumerate(classes)}
     sources = []
-    for part in (root / "train", _test_folder(root)):
+    for part in (_part_folder(root, "train"), _test_folder(root)):
         source = _class_folders(part, layout)
         found = [spelling(folder) for folder in source.classes]
         if sorted(found) != sorted(place):
@@ -463,17 +536,30 @@ def _named_folders(root: Path, name: str, classes: Sequence[str]) -> list[Source
 def _imagenet(root: Path, part: str) -> Source:
     layout = "train/<wnid>/* and val/<wnid>/* (imagenet_val needs val alone)"
     # Labels are places among all 1000 sorted names, so some of the folders are enough.
-    return _class_folders(root / part, layout, ImageNetInfo().label_names())
+    return _class_folders(_part_folder(root, part), layout, ImageNetInfo().label_names())
 
 
 def _folder(root: Path, download: bool) -> tuple[Source, Source | None]:
     layout = "train/<class>/* and test/<class>/* (or val/<class>/*), or <class>/* alone"
-    test = _test_folder(root)
-    if not test.is_dir():
-        train = root / "train" if (root / "train").is_dir() else root
-        return _class_folders(train, layout), None
-    train = _class_folders(root / "train", layout)
-    return train, _class_folders(test, layout, train.classes)
+    train, test = _part_folder(root, "train"), _test_folder(root)
+    if test.is_dir():
+        source = _class_folders(train, layout)
+        return source, _class_folders(test, layout, source.classes)
+    if not train.is_dir():
+        return _class_folders(root, layout), None
+    if others := _others(root, train):
+        warnings.warn(
+            f"test images are taken out of {train}: {root} holds no test/ or val/, and its folders "
+            f"{reprlib.repr(others)} are not read",
+            stacklevel=3,
+        )
+    return _class_folders(train, layout), None
+
+
+def _others(root: Path, train: Path) -> list[str]:
+    """Names of the folders beside `train`, without those that systems leave behind."""
+    folders = [path.name for path in root.iterdir() if path.is_dir() and path != train]
+    return sorted(name for name in folders if not _is_left_behind(name))
 
 
 @dataclass(frozen=True)
@@ -501,30 +587,28 @@ DATASETS = {
 }
 
 
-def _check(name: str, value, kind, allowed: str, holds: Callable[..., bool] = lambda _: True):
-    """Raise TypeError unless `value` is of `kind`, and ValueError unless it `holds`."""
-    message = f"{name}={value!r} is not allowed: {allowed}"
+def check_value(name: str, value, kind, allowed: str, holds: Callable[..., bool] = lambda _: True):
+    """Raise ValueError unless `value` is of `kind` and `holds`."""
     # Python counts True and False among the integers.
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(message)
-    if not holds(value):
-        raise ValueError(message)
+    is_other = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+    if is_other or not holds(value):
+        raise ValueError(f"{name}={value!r} is not allowed: {allowed}")
 
 
 def _resolve(root: str | Path) -> Path:
-    """The whole path of `root`; raises TypeError if it is none."""
-    _check("root", root, str | Path, "a folder, or the file of npz")
+    """The whole path of `root`; raises ValueError if it is none."""
+    check_value("root", root, str | Path, "a folder, or the file of npz")
     return Path(root).resolve()
 
 
 def _check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raise TypeError or ValueError unless both are three finite numbers, `std` above 0."""
+    """Raise ValueError unless both are three finite numbers, `std` above 0."""
     three = "a tuple or list of three numbers, all finite"
     for name, channels in dict(mean=mean, std=std).items():
-        _check(name, channels, (tuple, list), three, lambda v: len(v) == 3)
+        check_value(name, channels, (tuple, list), three, lambda v: len(v) == 3)
         for value in channels:
-            _check(name, value, Real, three, isfinite)
-    _check("std", std, (tuple, list), f"{three} and above 0", lambda v: min(v) > 0)
+            check_value(name, value, Real, three, isfinite)
+    check_value("std", std, (tuple, list), f"{three} and above 0", lambda v: min(v) > 0)
 
 
 def transforms(
@@ -540,14 +624,16 @@ def transforms(
     Evaluation resizes the shorter side to image_size / crop_pct pixels and crops the centre.
     `crop_pct`: None takes 0.875 for photographs and 1 for other data sets. Where it is 1, small
     images are shown whole, as in training: those that are not square are squeezed.
-    Raises TypeError or ValueError for a value that is not allowed.
+    Raises ValueError for a value that is not allowed.
     """
     crop_pct = (0.875 if spec.photographs else 1.0) if crop_pct is None else crop_pct
-    _check("image_size", image_size, Integral, "a whole number of pixels from 1", lambda v: v >= 1)
+    check_value(
+        "image_size", image_size, Integral, "a whole number of pixels from 1", lambda v: v >= 1
+    )
     _check_normalisation(mean, std)
-    _check("crop_pct", crop_pct, Real, "above 0, at most 1", lambda v: 0 < v <= 1)
+    check_value("crop_pct", crop_pct, Real, "above 0, at most 1", lambda v: 0 < v <= 1)
     modes = [mode.value for mode in v2.InterpolationMode]
-    _check("interpolation", interpolation, str, f"one of {modes}", lambda v: v in modes)
+    check_value("interpolation", interpolation, str, f"one of {modes}", lambda v: v in modes)
     image_size, mode = int(image_size), v2.InterpolationMode(interpolation)
     whole = [v2.Resize((image_size, image_size), mode)]
     if spec.photographs:
@@ -616,9 +702,12 @@ def load(
     """Split the data set `name`, one of DATASETS, stored under `root`.
 
     Data sets of torchvision are read from the files that it downloads, or else from image files
-    in train/<class>/* and test/<class>/*. For "npz", `root` is one .npz file of small images with
-    the arrays train_jpeg (bytes of all JPEG files), train_offsets (N + 1; where each file starts),
-    train_labels (N), the same for test, and classes (names).
+    in train/<class>/* and test/<class>/*. "folder" reads any classes from there, or from <class>/*
+    alone. In the place of test/ there may be val/, valid/ or validation/; beside test/ they are not
+    read. Capitals do not matter in these names, and hidden files are left out. For "npz", `root` is
+    one .npz file of small images with the arrays train_jpeg (bytes of all JPEG files),
+    train_offsets (N + 1; where each file starts), train_labels (N), the same for test, and classes
+    (names).
     `image_size`: side in pixels. `search_share`: share of the training images that is held out
     for searches, at most SEARCH_LIMIT images. If the data set has no official test images, it is
     the share of all images, and TEST_SHARE of them are the test images. `seed`: of the split.
@@ -629,18 +718,19 @@ def load(
     is decoded now, once. 0 reads images from their files again and again, as `Images`. So does any
     value for photographs ("pets", "imagenet", "folder"), because each epoch crops them anew out of
     their full size.
-    Raises TypeError or ValueError for a value that is not allowed or data that do not fit, and
-    FileNotFoundError for missing data. Warns of classes without a training image.
+    Raises ValueError for a value that is not allowed or data that do not fit, and FileNotFoundError
+    for missing data. Warns of classes without a training image, and of files and folders that are
+    not read.
     """
     if not isinstance(name, str) or name not in DATASETS:
         raise ValueError(f"name={name!r} is not a data set: one of {list(DATASETS)}")
-    _check("search_share", search_share, Real, "between 0 and 1", lambda v: 0 < v < 1)
-    _check("seed", seed, Integral, "a whole number from 0", lambda v: v >= 0)
-    _check("download", download, bool, "True or False")
-    _check("memory_gb", memory_gb, Real, "a number from 0", lambda v: v >= 0)
+    check_value("search_share", search_share, Real, "between 0 and 1", lambda v: 0 < v < 1)
+    check_value("seed", seed, Integral, "a whole number from 0", lambda v: v >= 0)
+    check_value("download", download, bool, "True or False")
+    check_value("memory_gb", memory_gb, Real, "a number from 0", lambda v: v >= 0)
     if train_images is not None:
         allowed = "a whole number from 1, or None for all images"
-        _check("train_images", train_images, Integral, allowed, lambda v: v >= 1)
+        check_value("train_images", train_images, Integral, allowed, lambda v: v >= 1)
     augmented, plain = transforms(DATASETS[name], image_size, **view)
     pool, official = DATASETS[name].read(_resolve(root), download)
     order, total = _stratified_order(pool.labels, seed), len(pool.labels)
@@ -701,10 +791,12 @@ def select_classes(splits: Splits, names: Sequence[str]) -> Splits:
     """The images of some classes of `splits`; their labels are the places in `names`.
 
     Each split keeps the order of its images, so it is stratified if it was before.
-    Raises TypeError unless `names` is a list or tuple, and ValueError for fewer than two names, for
-    one that is repeated or no class, and for a split that would be empty.
+    Raises ValueError unless `names` is a list or tuple, for fewer than two names, for one that is
+    repeated or no class, and for a split that would be empty.
     """
-    _check("names", names, (list, tuple), f"two or more of {reprlib.repr(list(splits.classes))}")
+    check_value(
+        "names", names, (list, tuple), f"two or more of {reprlib.repr(list(splits.classes))}"
+    )
     unknown = [name for name in names if name not in splits.classes]
     if unknown or len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(
@@ -740,22 +832,33 @@ def imagenet_val(root: str | Path = "data", image_size: int = 224, **view) -> Im
     return Images(source, np.arange(len(source.labels)), plain)
 
 
+def draw(dataset: Dataset | Tensor, count: int) -> list[int]:
+    """Indices of `count` items of `dataset` in a random order that never changes; or of all items.
+
+    Data sets are often sorted by class. The first items would then be of a few classes alone, and
+    so would each batch.
+    """
+    check_value("count", count, Integral, "a whole number from 0", lambda v: v >= 0)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(len(dataset), generator=generator)[:count].tolist()
+
+
 def loader(
     dataset: Dataset, batch_size: int, generator: torch.Generator | None = None, workers: int = 0
 ) -> DataLoader:
     """Batches of `dataset`: whole ones in the random order of `generator`, or else all in order.
 
-    Raises TypeError or ValueError for a value that is not allowed, such as a `batch_size` above
-    the number of images together with a `generator`.
+    Raises ValueError for a value that is not allowed, such as a `batch_size` above the number of
+    images together with a `generator`.
     """
     allowed = "a whole number from 1"
-    _check("batch_size", batch_size, Integral, allowed, lambda v: v >= 1)
-    _check("workers", workers, Integral, "a whole number from 0", lambda v: v >= 0)
+    check_value("batch_size", batch_size, Integral, allowed, lambda v: v >= 1)
+    check_value("workers", workers, Integral, "a whole number from 0", lambda v: v >= 0)
     shuffle = generator is not None
     if shuffle:  # an incomplete batch is dropped
         images = len(dataset)
         allowed = f"at most {images}, the number of images"
-        _check("batch_size", batch_size, Integral, allowed, lambda v: v <= images)
+        check_value("batch_size", batch_size, Integral, allowed, lambda v: v <= images)
     # Without a generator of its own the loader would draw from torch's global one.
     own = generator or torch.Generator()
     return DataLoader(

@@ -142,10 +142,10 @@ CIFAR_NETWORKS = {
 def is_torchvision(name: str) -> bool:
     """Whether torchvision has the classifier `name`.
 
-    Raises TypeError if `name` is no str, and ValueError if neither timm nor CIFAR_NETWORKS has it.
+    Raises ValueError if `name` is no str, or if neither timm nor CIFAR_NETWORKS has it.
     """
     if not isinstance(name, str):
-        raise TypeError(f"name={name!r} is not allowed: a name as a str, such as 'resnet18'")
+        raise ValueError(f"name={name!r} is not allowed: a name as a str, such as 'resnet18'")
     known = models.list_models(module=models)
     # timm gives tagged names, such as "resnet18.a1_in1k", only to models with weights.
     timm_knows = timm.is_model_pretrained if "." in name else timm.is_model
@@ -241,16 +241,14 @@ def create(name: str, num_classes: int, pretrained: bool = False, width: float =
     weights of its library, and a new last layer if the number of classes differs. A name with a
     tag, as in timm's "resnet18.a1_in1k", selects other weights. `width` multiplies the channels of
     CIFAR_NETWORKS; others have width 1 alone.
-    Raises TypeError or ValueError for a value that is not allowed, and ConnectionError if the
+    Raises ValueError for a value that is not allowed, and ConnectionError if the
     weights cannot be downloaded.
     """
-    allowed = f"num_classes={num_classes!r} is not allowed: a whole number from 1"
-    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
-        raise TypeError(allowed)
-    if num_classes < 1:
-        raise ValueError(allowed)
+    whole = isinstance(num_classes, Integral) and not isinstance(num_classes, bool)
+    if not whole or num_classes < 1:
+        raise ValueError(f"num_classes={num_classes!r} is not allowed: a whole number from 1")
     if not isinstance(pretrained, bool):
-        raise TypeError(f"pretrained={pretrained!r} is not allowed: True or False")
+        raise ValueError(f"pretrained={pretrained!r} is not allowed: True or False")
     if not isinstance(width, Real) or isinstance(width, bool) or not 0 < width <= WIDEST:
         raise ValueError(f"width={width!r} is not allowed: a number above 0, at most {WIDEST}")
     if width != 1:
@@ -267,7 +265,7 @@ def preprocessing(name: str) -> dict:
 
     Returns its arguments `image_size` (pixels), `mean` and `std` (of pixel values in 0..1),
     `interpolation` and `crop_pct`. CIFAR_NETWORKS have no pretrained weights: theirs fit the images
-    of CIFAR-10. Raises TypeError or ValueError for an unknown name.
+    of CIFAR-10. Raises ValueError for an unknown name.
     """
     if isinstance(name, str) and name in CIFAR_NETWORKS:
         cifar = dict(image_size=32, mean=CIFAR_MEAN, std=CIFAR_STD)

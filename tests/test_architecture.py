@@ -261,6 +261,13 @@ def test_notebook_has_as_much_prose_as_code(path):
 
 
 @each_notebook
+def test_prose_holds_no_angle_brackets_that_vanish(path):
+    for cell in cells(path, "markdown"):
+        prose = re.sub(r"`[^`]*`", "", text(cell))
+        assert not re.findall(r"<[^>\n]*>", prose), "HTML: write it between backticks"
+
+
+@each_notebook
 def test_notebook_is_stored_as_it_ran(path):
     code = cells(path, "code")
     # It ran once, from top to bottom, in a fresh kernel

@@ -173,22 +173,22 @@ def test_refuses_values_out_of_range(value, message):
 )
 def test_refuses_values_of_another_type(value):
     ((name, given),) = value.items()
-    with pytest.raises(TypeError, match=re.escape(f"{name}={given!r} is not allowed: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={given!r} is not allowed: ")):
         data.load("digits", **value)
 
 
 @pytest.mark.parametrize("root", [None, 3, ["a"]])
 def test_refuses_a_root_that_is_no_path(root):
     for name in ("digits", "folder", "npz"):
-        with pytest.raises(TypeError, match=re.escape(f"root={root!r} is not allowed: a folder")):
+        with pytest.raises(ValueError, match=re.escape(f"root={root!r} is not allowed: a folder")):
             data.load(name, root)
-    with pytest.raises(TypeError, match=re.escape(f"root={root!r} is not allowed: a folder")):
+    with pytest.raises(ValueError, match=re.escape(f"root={root!r} is not allowed: a folder")):
         data.imagenet_val(root)
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_mean_and_std_hold_numbers(name):
-    with pytest.raises(TypeError, match=rf"{name}='0\.5' is not allowed: .*three numbers"):
+    with pytest.raises(ValueError, match=rf"{name}='0\.5' is not allowed: .*three numbers"):
         data.load("digits", **{name: (0.5, 0.5, "0.5")})
 
 
@@ -365,6 +365,95 @@ def test_folder_layouts(tmp_path):
     paint(tmp_path / "val" / "cow" / "0.png")
     with pytest.raises(ValueError, match="cow"):
         data.load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAIN", "training"])
+@pytest.mark.parametrize("test", ["test", "Test", "val", "valid", "validation", "Val"])
+def test_folders_of_the_parts_may_be_spelled_otherwise(train, test, tmp_path):
+    paint_classes(tmp_path / train, ["ant", "bee"], 5)
+    paint_classes(tmp_path / test, ["ant", "bee"], 2)
+    splits = data.load("folder", tmp_path, 8)
+    assert splits.classes == ("ant", "bee")
+    assert [len(getattr(splits, part)) for part in PARTS] == [8, 2, 4]
+
+
+def test_named_and_imagenet_folders_may_be_spelled_otherwise_too(tmp_path):
+    paint_classes(tmp_path / "Train", SPELLED, 5)
+    paint_classes(tmp_path / "Valid", SPELLED, 1)
+    assert len(data.load("fashion-mnist", tmp_path, 28).test) == 10
+    paint(tmp_path / "imagenet" / "Val" / "n01440764" / "0.JPEG")
+    assert len(data.imagenet_val(tmp_path / "imagenet", 8)) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "names"), [("train", ("train", "Train")), ("val", ("val", "valid"))]
+)
+def test_two_folders_for_one_part_are_named(part, names, tmp_path):
+    for folder in {"train", *names}:
+        paint_classes(tmp_path / folder, ["ant", "bee"], 5)
+    with pytest.raises(ValueError, match=rf"several folders for {part}/: .*{names[1]}"):
+        data.load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_what_systems_leave_behind_is_no_class_and_no_image(layout, tmp_path):
+    root = tmp_path / layout
+    paint_classes(root, ["ant", "bee", "__MACOSX", ".ipynb_checkpoints"], 10)
+    paint(root / "ant" / ".ipynb_checkpoints" / "0-checkpoint.png")
+    paint(root / "__MACOSX" / "ant" / "._0.png")
+    (root / "ant" / "._0.png").write_bytes(b"of a Macintosh")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (root / "bee" / name).write_bytes(b"")
+    paint(tmp_path / "__MACOSX" / "0.png")
+    splits = data.load("folder", tmp_path, 8)
+    assert splits.classes == ("ant", "bee")
+    assert sum(len(getattr(splits, part)) for part in PARTS) == 20
+
+
+def test_a_folder_of_hidden_folders_alone_holds_no_classes(tmp_path):
+    paint_classes(tmp_path, ["__MACOSX"], 3)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} must hold .*no class folder"):
+        data.load("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "suffix", ["gif", "jfif", "jpe", "GIF", "tga", "jp2", "dib", "apng", "pnm"]
+)
+def test_files_of_other_image_types_are_read(suffix, tmp_path):
+    paint_classes(tmp_path, ["ant", "bee"], 5)
+    for i in range(3):
+        kind = {"jfif": "JPEG", "jpe": "JPEG", "apng": "PNG", "pnm": "PPM", "jp2": "JPEG2000"}
+        path = tmp_path / "ant" / f"other{i}.{suffix}"
+        Image.new("RGB", (20, 14), (200, 30, 90)).save(path, kind.get(suffix, suffix.upper()))
+    splits = data.load("folder", tmp_path, 8)
+    images = [
+        part[i]
+        for part in (splits.calibration, splits.search, splits.test)
+        for i in range(len(part))
+    ]
+    assert [label for _, label in images].count(0) == 8
+    for image, _ in images:
+        torch.testing.assert_close(image, splits.test[0][0], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["train/ant/0.heic", "train/ant/notes.txt", "train/0.png"])
+def test_files_that_are_not_read_are_named(name, tmp_path):
+    paint_classes(tmp_path / "train", ["ant", "bee"], 10)
+    paint(tmp_path / "other.png")
+    (tmp_path / "other.png").rename(tmp_path / name)
+    with pytest.warns(
+        UserWarning, match=f"1 files in {tmp_path}/train are not read, such as .*{name}"
+    ):
+        splits = data.load("folder", tmp_path, 8)
+    assert sum(len(getattr(splits, part)) for part in PARTS) == 20
+
+
+def test_folders_beside_those_that_are_read_are_named(tmp_path):
+    paint_classes(tmp_path / "train", ["ant", "bee"], 10)
+    paint_classes(tmp_path / "holdout", ["ant", "bee"], 2)
+    with pytest.warns(UserWarning, match=r"taken out of .*/train: .*\['holdout'\] are not read"):
+        splits = data.load("folder", tmp_path, 8)
+    assert [len(getattr(splits, part)) for part in PARTS] == [12, 4, 4]
 
 
 @pytest.mark.parametrize(("name", "classes"), [("cifar10", data.CIFAR10), ("pets", data.PETS)])
@@ -654,6 +743,16 @@ def test_loader_shuffles_only_with_a_generator(digits):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_drawn_images_are_of_all_classes_and_always_the_same(digits):
+    ordered = sorted(range(len(digits.test)), key=lambda i: digits.test.labels[i])
+    drawn = data.draw(ordered, 100)
+    assert drawn == data.draw(ordered, 100) and len(set(drawn)) == 100
+    assert {int(digits.test.labels[ordered[i]]) for i in drawn} == set(range(10))
+    assert sorted(data.draw(ordered, 10**6)) == list(range(len(ordered)))
+    with pytest.raises(ValueError, match="count=-1 is not allowed: a whole number from 0"):
+        data.draw(ordered, -1)
+
+
 def test_loader_refuses_batches_that_do_not_fit(digits):
     with pytest.raises(ValueError, match=r"batch_size=400 is not allowed: at most 359"):
         data.loader(digits.search, 400, torch.Generator())
@@ -661,9 +760,9 @@ def test_loader_refuses_batches_that_do_not_fit(digits):
     with pytest.raises(ValueError, match="batch_size=0 is not allowed: a whole number from 1"):
         data.loader(digits.search, 0)
     for value in ("64", 64.0, True):
-        with pytest.raises(TypeError, match=f"batch_size={value!r} is not allowed"):
+        with pytest.raises(ValueError, match=f"batch_size={value!r} is not allowed"):
             data.loader(digits.search, value)
-        with pytest.raises(TypeError, match=f"workers={value!r} is not allowed"):
+        with pytest.raises(ValueError, match=f"workers={value!r} is not allowed"):
             data.loader(digits.search, 64, workers=value)
     with pytest.raises(ValueError, match="workers=-1 is not allowed: a whole number from 0"):
         data.loader(digits.search, 64, workers=-1)
@@ -963,24 +1062,24 @@ def test_images_and_labels_in_memory_must_fit(images, labels):
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"),
+    "value",
     [
-        (dict(mean=(0, 0)), ValueError),
-        (dict(mean=(0, 0, float("nan"))), ValueError),
-        (dict(mean=("0", 0, 0)), TypeError),
-        (dict(mean=torch.zeros(3)), TypeError),
-        (dict(std=(1, 1, 0)), ValueError),
-        (dict(std=1), TypeError),
-        (dict(padding=-1), ValueError),
-        (dict(padding=1.0), TypeError),
-        (dict(flip=1), TypeError),
+        dict(mean=(0, 0)),
+        dict(mean=(0, 0, float("nan"))),
+        dict(mean=("0", 0, 0)),
+        dict(mean=torch.zeros(3)),
+        dict(std=(1, 1, 0)),
+        dict(std=1),
+        dict(padding=-1),
+        dict(padding=1.0),
+        dict(flip=1),
     ],
     ids=repr,
 )
-def test_images_in_memory_refuse_settings_that_are_not_allowed(value, kind):
+def test_images_in_memory_refuse_settings_that_are_not_allowed(value):
     images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4).long()
     ((name, _),) = value.items()
-    with pytest.raises(kind, match=f"{name}=.* is not allowed"):
+    with pytest.raises(ValueError, match=f"{name}=.* is not allowed"):
         data.InMemory(images, labels, **(dict(mean=(0, 0, 0), std=(1, 1, 1)) | value))
 
 
@@ -1048,17 +1147,17 @@ def test_selected_classes_are_in_memory_once_and_augmented(digits):
 
 
 @pytest.mark.parametrize(
-    ("names", "kind", "message"),
+    ("names", "message"),
     [
-        ("01", TypeError, "names='01'"),
-        (["1"], ValueError, "two or more"),
-        (["1", "1"], ValueError, "different"),
-        (["1", "ten"], ValueError, "ten"),
-        ([1, 2], ValueError, "different ones"),
+        ("01", "names='01'"),
+        (["1"], "two or more"),
+        (["1", "1"], "different"),
+        (["1", "ten"], "ten"),
+        ([1, 2], "different ones"),
     ],
 )
-def test_classes_that_cannot_be_selected_are_refused(digits, names, kind, message):
-    with pytest.raises(kind, match=message):
+def test_classes_that_cannot_be_selected_are_refused(digits, names, message):
+    with pytest.raises(ValueError, match=message):
         data.select_classes(digits, names)
 
 

@@ -5,11 +5,15 @@ import math
 import random
 from pathlib import Path
 
+import IPython
 import pytest
 import yaml
 from IPython.display import display
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from mpqlib.studies import benchmark, idm_density, interference
+from mpqlib.studies.parameters import check_parameters
 from mpqlib.training import loop
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
@@ -80,6 +84,45 @@ def test_a_wrong_parameter_is_named_before_any_long_work(
     for value in drawn.sample(wrong, 2):
         with pytest.raises((TypeError, ValueError), match=rf"{named}.*not (allowed|available)"):
             run(path, {name: value})
+
+
+class Shell:
+    """Stands for the kernel of a notebook: remembers the cells that ran."""
+
+    def __init__(self, *cells):
+        self.user_ns = {"In": ["", *cells]}
+
+
+def cells_of(path, **parameters):
+    """The first cells that papermill runs of a notebook with these parameters."""
+    found = parameterize_notebook(load_notebook_node(str(path)), parameters)
+    code = [cell.source for cell in found.cells if cell.cell_type == "code"]
+    (number,) = [i for i, cell in enumerate(code) if cell.startswith("# Parameters")]
+    return code[: number + 1]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem[:2])
+def test_a_parameter_that_a_notebook_does_not_have_is_named(path, monkeypatch):
+    known = default_parameters(path)
+    for unknown in ("bitop", "Seeds"):
+        shell = Shell(*cells_of(path, **known | {unknown: [3, 4]}))
+        monkeypatch.setattr(IPython, "get_ipython", lambda shell=shell: shell)
+        with pytest.raises(TypeError, match=rf"unknown parameters \['{unknown}'\]: .*'output_dir'"):
+            check_parameters()
+    for shell in Shell(*cells_of(path, **known)), Shell("import mpqlib"), None:
+        monkeypatch.setattr(IPython, "get_ipython", lambda shell=shell: shell)
+        check_parameters()
+
+
+def test_a_notebook_without_a_cell_of_parameters_takes_any(monkeypatch):
+    monkeypatch.setattr(IPython, "get_ipython", lambda: Shell("# Parameters\nseed = 3\n", "x = 2"))
+    check_parameters(seed=3)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda p: p.stem[:2])
+def test_every_notebook_checks_its_parameters_at_its_start(path):
+    start = " ".join(source for source, _ in code_cells(path)[1:5])
+    assert "open_folder(" in start or "Setting(" in start
 
 
 def profiles():

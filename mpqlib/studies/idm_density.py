@@ -101,8 +101,8 @@ def compare_outputs(
 ) -> tuple[list[dict], dict[int, dict[str, Tensor]]]:
     """`output_distances` between uniform `low` and `high` bits, and the outputs by bit-width.
 
-    x: images (N, C, H, W). Each of the two is recalibrated first, on the first `images` training
-    images of `calibration`. The supernet then holds the statistics of `high`.
+    x: images (N, C, H, W). Each of the two is recalibrated first, on `images` of `calibration`. The
+    supernet then holds the statistics of `high`.
     """
     outputs = {}
     for bits in (low, high):

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import Subset
 
-from ..data import Splits
+from ..data import Splits, draw
 from ..files import remembered
 from ..models import CIFAR_NETWORKS, create
 from ..network.bits import BitConfig, Candidates, check_bits, check_weight_bits, largest, smallest
@@ -94,7 +94,7 @@ class SizeSetting:
     act_bits: int = 8
     edge_bits: int = 8
     recalibration_images: int = 2000  # training images for batch-norm statistics
-    test_images: int | None = None  # test on the first so many; None: all
+    test_images: int | None = None  # test on so many, drawn by `data.draw`; None: all
 
     def __post_init__(self):
         check_families(self.families)
@@ -239,7 +239,7 @@ class SizeStudy:
         """Cost and accuracy of one configuration."""
         splits, tested = self.splits, self.setting.test_images
         if tested is not None:
-            test = Subset(splits.test, range(min(tested, len(splits.test))))
+            test = Subset(splits.test, draw(splits.test, tested))
             splits = replace(splits, test=test)
         images = self.setting.recalibration_images
         return measure(supernet, config, splits, images=images, device=self.device)

@@ -1,5 +1,7 @@
 """What each parameter of a study or notebook may be: a wrong one is named before any work."""
 
+import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
@@ -12,7 +14,7 @@ from ..data import DATASETS
 from ..files import check_writable
 from ..models import create, is_torchvision
 from ..network.bits import LARGEST, SMALLEST
-from ..training.loop import RANGES, TrainConfig
+from ..training.loop import RANGES, TrainConfig, explain_text
 
 _MOST = 10**9  # what is larger is a slip of the pen
 
@@ -88,7 +90,7 @@ def optional(rule: Rule) -> Rule:
 def _is_classifier(value: object) -> bool:
     try:
         return is_torchvision(value) in (True, False)
-    except (TypeError, ValueError):
+    except ValueError:
         return False
 
 
@@ -155,9 +157,10 @@ _RULES = {
 def check_parameters(rules: Mapping[str, Rule] | None = None, /, **parameters: object) -> None:
     """Checks parameters by name; raises ValueError for the first one that is not allowed.
 
-    `rules`: of parameters that only this study has, or for which it allows other values. Raises
-    TypeError for a value of a wrong type in `training` or `float_training`.
+    `rules`: of parameters that only this study has, or for which it allows other values. In a
+    notebook, raises TypeError for a parameter that papermill sets but the notebook does not have.
     """
+    _check_names()
     rules = _RULES | (rules or {})
     for name, value in parameters.items():
         _check(name, value, rules[name])
@@ -165,9 +168,28 @@ def check_parameters(rules: Mapping[str, Rule] | None = None, /, **parameters: o
             check_training(name, value)
 
 
+def _check_names() -> None:
+    """Raises TypeError, in a notebook, for a parameter of papermill that it does not have.
+
+    papermill only warns of one. It puts what it sets into a cell of its own, behind the cell of
+    the notebook's parameters.
+    """
+    ipython = sys.modules.get("IPython")  # loaded in a notebook; a machine may have none
+    shell = ipython and ipython.get_ipython()
+    known: set[str] = set()
+    for cell in shell.user_ns["In"] if shell else ():  # the cells that ran, in this order
+        names = set(re.findall(r"^(\w+)(?: *:.*?)? *=", cell, re.MULTILINE))
+        # Without parameters of its own, a notebook takes any.
+        if cell.startswith("# Parameters\n") and known and not names <= known:
+            unknown = sorted(names - known)
+            raise TypeError(f"unknown parameters {unknown}: this notebook has {sorted(known)}")
+        known |= names
+
+
 def _check(name: str, value: object, rule: Rule) -> None:
     if not rule.holds(value):
-        raise ValueError(f"{name}={value!r} is not allowed: {rule.allowed}")
+        message = f"{name}={value!r} is not allowed: {rule.allowed}"
+        raise ValueError(message + explain_text(value))
 
 
 def check_training(name: str, options: object, own: Sequence[str] = ("epochs", "seed")) -> None:

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..data import draw
 from ..network.quantizer import GRANULARITIES
 from ..search.limits import check_count
 from ..training.evaluation import batch_statistics, decoded, select_device
@@ -206,7 +207,8 @@ def _recalibrate_norms(adapted: Adapted, images: Tensor) -> None:
         norm.reset_running_stats()
         norm.momentum = None  # PyTorch's cumulative average
         norm.train()
-    for x in images.tensor_split(ceil(len(images) / 128)):
+    mixed = images[draw(images, len(images))]  # they may come class by class
+    for x in mixed.tensor_split(ceil(len(images) / 128)):
         adapted(x)
     for norm, momentum in norms.items():
         norm.momentum = momentum

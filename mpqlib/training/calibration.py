@@ -2,10 +2,12 @@
 
 from functools import partial
 from math import ceil, inf
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from ..data import check_value
 from ..network.observation import eval_mode, hooked
 from ..network.quantizer import Quantizer, integer_range
 from ..network.supernet import Supernet, check_supernet
@@ -76,12 +78,15 @@ def fit_steps(supernet: Supernet, images: Tensor, batch_size: int = 32) -> None:
     (N, C, H, W) in float mode. Statistics of batch norms stay, but belong to the earlier steps:
     `evaluate` and `save_policy` refuse them until `recalibrate`, `correct_means` or
     `copy_statistics` has set them for a configuration.
-    Raises ValueError for another model, without images, for values that are not finite, and, as
-    `check_statistics` does, if float mode has no statistics of its own.
+    `batch_size`: images in a pass.
+    Raises ValueError for another model, without images of its type, for a `batch_size` that is no
+    whole number from 1, for values that are not finite, and, as `check_statistics` does, if float
+    mode has no statistics of its own.
     """
     check_supernet("supernet", supernet)
     check_statistics(supernet, None)
-    check_images(images)
+    check_images(images, supernet)
+    check_value("batch_size", batch_size, Integral, "a whole number from 1", lambda v: v >= 1)
     for name, layer in supernet.layers.items():
         if not layer.op.weight.isfinite().all():
             raise ValueError(f"the weight of {name!r} holds values that are not finite")

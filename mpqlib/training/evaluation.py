@@ -1,10 +1,10 @@
 """Accuracy of a float model or of a supernet's configuration, and batch-norm statistics."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from ..data import check_value, draw
 from ..network.bits import BitConfig
 from ..network.layers import QuantConvBN
 from ..network.observation import eval_mode, hooked
@@ -49,28 +50,70 @@ def move_channels_last(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=layout)
 
 
-def check_dataset(name: str, dataset: Dataset) -> None:
-    """Raises ValueError for what is no dataset, but easily taken for one. `name`: in messages."""
-    if isinstance(dataset, (Tensor, np.ndarray, tuple, DataLoader)):
+def check_dataset(name: str, dataset: Dataset, model: nn.Module | None = None) -> None:
+    """Raises ValueError for what is no dataset of items (image, label), judged by the first item.
+
+    `name`: in messages. `model`: also refuses images of a type that the model cannot read.
+    """
+    items = "a dataset of items (image, label), such as TensorDataset(images, labels)"
+    taken_for_one = (Tensor, np.ndarray, tuple, str, Mapping, DataLoader, IterableDataset)
+    sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if isinstance(dataset, taken_for_one) or not sized:
+        raise ValueError(f"{name} is a {type(dataset).__name__}: pass {items}")
+    if not len(dataset):
+        return
+    with torch.random.fork_rng(devices=[]):  # augmentation draws from the global generator
+        item = dataset[0]
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        length = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
+        raise ValueError(f"{name} has items that are a {type(item).__name__}{length}: pass {items}")
+    image, label = (torch.as_tensor(v) if isinstance(v, np.ndarray) else v for v in item)
+    if not isinstance(image, Tensor) or image.dim() != 3:
+        shape = f" of shape {tuple(image.shape)}" if isinstance(image, Tensor) else ""
         raise ValueError(
-            f"{name} is a {type(dataset).__name__}: pass a dataset of items (image, label), such "
-            "as TensorDataset(images, labels)"
+            f"{name} has images that are a {type(image).__name__}{shape}: a tensor (C, H, W) is "
+            "needed"
         )
+    if not isinstance(label, (Real, Tensor)):
+        raise ValueError(f"{name} has labels that are a {type(label).__name__}: a class is needed")
+    if model is not None:
+        _check_type(name, image[None], model)
 
 
-def check_images(images: Tensor) -> None:
-    """Raises ValueError unless `images` is a tensor with at least one image."""
+def _check_type(name: str, images: Tensor, model: nn.Module) -> None:
+    """Raises ValueError for `images` (N, C, H, W) of a type that the model cannot read.
+
+    It may read others than its own, as it can convert them itself: then it is tried.
+    """
+    own = next(model.parameters(), images)
+    if images.dtype == own.dtype:
+        return
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(images[:1].to(own.device, copy=True))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{name} holds images in {images.dtype}: the model reads {own.dtype}"
+        ) from error
+
+
+def check_images(images: Tensor, model: nn.Module) -> None:
+    """Raises ValueError unless `images` (N, C, H, W) holds an image or more that `model` reads."""
     if not isinstance(images, Tensor):
         raise ValueError(f"images is a {type(images).__name__}: a tensor (N, C, H, W) is needed")
+    if images.dim() != 4:
+        raise ValueError(f"images is of shape {tuple(images.shape)}: (N, C, H, W) is needed")
     if not len(images):
         raise ValueError("images is empty: at least one is needed")
+    _check_type("images", images, model)
 
 
 def decoded(dataset: Dataset) -> TensorDataset:
     """All items (image, label) of `dataset` as tensors in memory, for reading them many times.
 
-    Raises ValueError for an empty dataset.
+    Raises ValueError for an empty dataset, and for what is none.
     """
+    check_dataset("dataset", dataset)
     if not len(dataset):
         raise ValueError("dataset is empty: there is nothing to decode")
     return TensorDataset(*next(iter(DataLoader(dataset, len(dataset)))))
@@ -105,24 +148,28 @@ def evaluate(
     """Accuracy and loss of a float model, or of a supernet at `config` (None: in float mode).
 
     `dataset`: items (image (C, H, W), label). `calibration`: training images; with them, a supernet
-    is recalibrated first, on the first `images` of them (see `recalibrate`). Every configuration
-    needs this before it is evaluated, and so does float mode after one-shot training.
+    is recalibrated first, on `images` of them, drawn at random (see `recalibrate`). Every
+    configuration needs this before it is evaluated, and so does float mode after one-shot training.
 
     Without `calibration`, the supernet's present statistics are used. Where the supernet has only
     been trained or loaded, they are those of training: this is allowed, but accuracy is often poor.
     The model runs in eval mode and returns to its earlier mode.
 
     Raises ValueError if a batch norm holds statistics that were measured for another configuration,
-    for float mode after one-shot training without recalibration, for an empty dataset, for outputs
-    that are no logits (N, classes), for labels that are no class of the model, for a step size of
+    for float mode after one-shot training without recalibration, for an empty dataset, for items
+    that are no (image, label) or images of another type than the model's, for outputs that are no
+    logits (N, classes), for labels that are no class of the model, for a step size of
     0, and for a `config` or `calibration` of a float model.
     """
-    check_dataset("dataset", dataset)
+    check_dataset("dataset", dataset, model)
     if not len(dataset):
         raise ValueError("dataset is empty: there is nothing to evaluate")
+    check_value("images", images, Integral, "a whole number from 2", lambda v: v >= 2)
+    check_value("batch_size", batch_size, Integral, "a whole number from 1", lambda v: v >= 1)
     device = select_device(device)
     if isinstance(model, Supernet):
         if calibration is not None:
+            check_dataset("calibration", calibration, model)
             how = dict(images=images, device=device, batch_size=batch_size)
             recalibrate(model, calibration, config, **how)
         check_statistics(model, config)
@@ -310,28 +357,28 @@ def recalibrate(
     device: str | torch.device = "cpu",
     batch_size: int = 128,
 ) -> None:
-    """Sets the batch norms that `config` uses to statistics of the first `images` of `dataset`.
+    """Sets the batch norms that `config` uses to statistics of some `images` of `dataset`.
 
     `config`: None is float mode, which needs its own recalibration after one-shot training.
-    `dataset`: items (image (C, H, W), label) of the training split; all are used if there are fewer
-    than `images`. The images are split into batches of equal size, give or take one image, of about
-    `batch_size` each. While measuring, each batch is normalised by its own statistics. The running
-    mean and (unbiased) variance become the plain mean over batches, as in RFQuant's release, which
-    uses about 7,000 images (arXiv 2401.01543).
+    `dataset`: items (image (C, H, W), label) of the training split, in any order, such as sorted by
+    class. `images` of them are drawn at random, the same ones at each call; all are used if there
+    are fewer. In random order, they are split into batches of equal size, give or take one image,
+    of about `batch_size` each. While measuring, each batch is normalised by its own statistics. The
+    running mean and (unbiased) variance become the plain mean over batches, as in RFQuant's
+    release, which uses about 7,000 images (arXiv 2401.01543).
 
     Batch norms that several configurations share hold the statistics of the last one: recalibrate
     right before evaluating, or use `evaluate(..., calibration=dataset)`. All modules return to
     their earlier mode. After an error, the statistics are the old ones.
 
-    Raises ValueError for another model or a tensor as `dataset`, if `images` is not a whole number
-    of at least 2 or `batch_size` of at least 1, for fewer than two images in `dataset`, for a
-    `config` of another supernet, and for statistics that are not finite.
+    Raises ValueError for another model, for what is no dataset of such items, if `images` is not a
+    whole number of at least 2 or `batch_size` of at least 1, for fewer than two images in
+    `dataset`, for a `config` of another supernet, and for statistics that are not finite.
     """
     check_supernet("supernet", supernet)
-    check_dataset("dataset", dataset)
-    for name, value, least in (("images", images, 2), ("batch_size", batch_size, 1)):
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name}={value!r} is not allowed: a whole number, at least {least}")
+    check_dataset("dataset", dataset, supernet)
+    check_value("images", images, Integral, "a whole number from 2", lambda v: v >= 2)
+    check_value("batch_size", batch_size, Integral, "a whole number from 1", lambda v: v >= 1)
     if (count := min(images, len(dataset))) < 2:
         raise ValueError(f"dataset holds {count} images: recalibration needs at least 2")
     if config is not None:
@@ -341,7 +388,7 @@ def recalibrate(
     norms = _running_norms(supernet, config)
     # No batch of a single image: at 1x1 resolution it has no variance.
     batches = min(-(-count // batch_size), count // 2)
-    indices = [part.tolist() for part in torch.arange(count).tensor_split(batches)]
+    indices = [part.tolist() for part in torch.tensor(draw(dataset, count)).tensor_split(batches)]
     with eval_mode(supernet), _averaging(list(norms.values())):
         for x, _ in DataLoader(dataset, batch_sampler=indices):
             supernet(x.to(device, memory_format=torch.channels_last), config)
@@ -407,13 +454,13 @@ def correct_means(supernet: Supernet, images: Tensor, config: BitConfig) -> None
     corrected inputs. Of a layer that runs several times, the last call counts. Layers without a
     batch norm are not corrected, nor are batch norms that follow no convolution.
 
-    Raises ValueError for another model, for what is no tensor of images, for images that make
-    outputs which are not finite, for a `config` of another supernet, and, as `check_statistics`
-    does, if float mode has no statistics of its own. Source: bias correction (arXiv 1906.04721,
-    section 4.2), by means that are measured instead of derived.
+    Raises ValueError for another model, for what is no tensor of images of the model's type, for
+    images that make outputs which are not finite, for a `config` of another supernet, and, as
+    `check_statistics` does, if float mode has no statistics of its own. Source: bias correction
+    (arXiv 1906.04721, section 4.2), by means that are measured instead of derived.
     """
     check_supernet("supernet", supernet)
-    check_images(images)
+    check_images(images, supernet)
     supernet.check(config)
     check_statistics(supernet, None)
     normed, in_float = _normed_layers(supernet), {}

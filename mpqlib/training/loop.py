@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
-from ..data import InMemory
+from ..data import InMemory, check_value
 from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet, tie, tied_inputs
@@ -126,6 +126,22 @@ class TrainConfig:
             )
 
 
+def explain_text(value: object) -> str:
+    """The end of a message about a number that YAML reads as text, such as 1e-3; else empty."""
+    if isinstance(value, (Mapping, list, tuple)):
+        entries = value.values() if isinstance(value, Mapping) else value
+        return next(filter(None, map(explain_text, entries)), "")
+    if not isinstance(value, str) or "e" not in value.lower():
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    dotted = np.format_float_scientific(number, min_digits=1, exp_digits=1)
+    plain = np.format_float_positional(number, trim="-")
+    return f". {value!r} is text in YAML: write {dotted} or {plain}"
+
+
 def _checked(name: str, value: object, kind: type) -> bool | int | float | str:
     """The value of a setting as a `kind`; raises ValueError if it is not allowed."""
     if kind is str:
@@ -142,7 +158,8 @@ def _checked(name: str, value: object, kind: type) -> bool | int | float | str:
     right = isinstance(value, Integral if kind is int else Real) and not truth
     # NaN is in no range.
     if not right or not low <= value <= high or (value == math.inf and name != "clip_value"):
-        raise ValueError(f"{name}={value!r} is not allowed: {number}, {allowed}")
+        message = f"{name}={value!r} is not allowed: {number}, {allowed}"
+        raise ValueError(message + explain_text(value))
     return kind(value)
 
 
@@ -463,13 +480,12 @@ class Run:
 class Checkpoint:
     """The file of a run, which continues from it if it exists; None writes no file.
 
-    `minutes`: between two checkpoints within an epoch. Raises ValueError if it is negative, if
-    `path` cannot be written, or as `Run.load` does.
+    `minutes`: between two checkpoints within an epoch. Raises ValueError if it is no number from 0
+    on, if `path` cannot be written, or as `Run.load` does.
     """
 
     def __init__(self, run: Run, path: str | Path | None, minutes: float):
-        if not isinstance(minutes, Real) or not minutes >= 0:
-            raise ValueError(f"checkpoint_minutes={minutes!r} is not allowed: at least 0")
+        check_value("checkpoint_minutes", minutes, Real, "a number from 0", lambda v: v >= 0)
         self.run, self.path, self.minutes = run, path and Path(path), minutes
         if self.path:
             check_writable(self.path)
@@ -623,13 +639,17 @@ def train(
     ones; and `steps_moved`, the mean relative change of the quantizers' step sizes since the start.
 
     Raises ValueError for a checkpoint that is damaged, was written under other settings, does not
-    fit the model or cannot be written, for fewer images than one batch, for bfloat16 with
-    candidates above 8 bits, for outputs that are no logits (N, classes), and for labels that are
-    not int64 or, on the CPU, no class of the model.
+    fit the model or cannot be written, for fewer images than one batch, for items that are no
+    (image, label), for images of another type than the model's, for bfloat16 with candidates above
+    8 bits, for outputs that are no logits (N, classes), and for labels that are not int64 or, on
+    the CPU, no class of the model.
     Raises FloatingPointError, with epoch, step and layer, when losses, gradients or weights become
     NaN or infinite; the checkpoint stays as it was.
     """
-    check_dataset("dataset", dataset)
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config={config!r} is not allowed: a TrainConfig is needed")
+    check_dataset("dataset", dataset, model)
+    check_value("workers", workers, Integral, "a whole number from 0", lambda v: v >= 0)
     device = select_device(device)
     model = move_channels_last(model, device).train()
     model.zero_grad()  # a gradient from before would count in the first step

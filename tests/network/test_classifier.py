@@ -78,6 +78,37 @@ def test_a_batch_norm_of_the_last_layer_belongs_to_it(classes):
     assert torch.equal(fresh[0].weight, model[0].weight) and (fresh[2].running_mean == 0).all()
 
 
+class Scaled(nn.Module):
+    """Ends in Linear, batch norm, and a factor and an offset for each class."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.norm, self.hidden = nn.BatchNorm1d(4), nn.Linear(4, 6)
+        self.last, self.last_norm = nn.Linear(6, classes), nn.BatchNorm1d(classes)
+        self.last_factor = nn.Parameter(torch.rand(classes))
+        self.last_offset = nn.Parameter(torch.rand(classes))
+
+    def forward(self, x):
+        x = self.hidden(self.norm(self.features(x).mean((2, 3))))
+        return self.last_norm(self.last(x.relu())) * self.last_factor + self.last_offset
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+@pytest.mark.parametrize("convert", [lambda model: model, convert], ids=["float", "supernet"])
+def test_all_that_is_behind_the_last_layer_belongs_to_it(classes, convert):
+    torch.manual_seed(0)
+    model, fresh = convert(Scaled(3)), convert(Scaled(classes))
+    for tensor in [*model.parameters(), *model.buffers()]:  # as if it was trained
+        if tensor.dtype != torch.bool:
+            tensor.data += 5
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    copy_all_but_last(model, fresh)
+    own = model.state_dict()
+    for name, tensor in fresh.state_dict().items():
+        assert torch.equal(tensor, before[name] if "last" in name else own[name]), name
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing(trained):
     wide = network(5)
     wide.pointwise = nn.Conv2d(8, 12, 3, padding=1)

@@ -209,6 +209,17 @@ def test_settings_are_checked_early(changed, message):
         SizeSetting(**PROFILE | changed)
 
 
+def test_test_images_are_of_all_classes_wherever_they_stand(study, monkeypatch):
+    test = study.splits.test
+    order = test.labels.argsort(stable=True)  # as in the folders of classes
+    test = replace(test, images=test.images[order], labels=test.labels[order])
+    splits = replace(study.splits, test=test)
+    monkeypatch.setattr(one_bitwidth, "measure", lambda supernet, config, splits, **_: splits.test)
+    chosen = replace(study, splits=splits).measure(None, None)
+    assert len(chosen) == 50
+    assert len({label for _, label in chosen}) == 10
+
+
 @pytest.mark.parametrize("seeds", [0, [], "01", [0.0], ["0"], [-1], [True], [None], [2**63]])
 def test_seeds_that_are_no_seeds_are_refused(seeds):
     with pytest.raises(ValueError, match=r"seeds=.* not allowed: a list .* a whole number from 0"):

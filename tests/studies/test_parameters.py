@@ -68,6 +68,25 @@ def test_other_values_are_refused_by_name(name, value):
 ALLOWED_ONCE = {name: values[0] for name, values in ALLOWED.items()}
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [dict(float_lr="2e-3"), dict(levels=["2e-3", 4]), dict(training={"lr": "2e-3"})],
+    ids=repr,
+)
+def test_a_number_that_yaml_reads_as_text_is_explained(parameters):
+    (name,) = parameters
+    with pytest.raises(
+        ValueError, match=rf"^{name}.*'2e-3' is text in YAML: write 2\.0e-3 or 0\.002"
+    ):
+        check_parameters(**parameters)
+
+
+@pytest.mark.parametrize("value", ["x", "8", "high", "1e", None, True])
+def test_other_text_gets_no_such_explanation(value):
+    with pytest.raises(ValueError, match=r"float_lr=.* to 1000000000$"):
+        check_parameters(float_lr=value)
+
+
 def test_an_unknown_option_of_training_is_named():
     with pytest.raises(ValueError, match=r"training: \['speed'\] are not allowed here"):
         check_parameters(training={"speed": 1})

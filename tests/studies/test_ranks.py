@@ -268,6 +268,18 @@ def test_norms_are_recalibrated_in_batches_of_about_128():
         assert int(adapted.network.norm.num_batches_tracked) == batches
 
 
+def test_norms_are_recalibrated_on_images_that_are_sorted_by_class():
+    y = torch.arange(8).repeat_interleave(32)  # 256 images: two batches
+    x = torch.randn(len(y), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x += 3 * y[:, None, None, None]
+    adapted = cora(network(), TensorDataset(x, y % 3), bits=8, budget=0, recalibrate=True)
+    seen = adapted.network.stem[0](x)
+    # Two batches of four classes each would have about a quarter of the variance.
+    torch.testing.assert_close(
+        adapted.network.stem[1].running_var, seen.var((0, 2, 3)), rtol=0.1, atol=0
+    )
+
+
 def test_a_seed_gives_the_same_ranks():
     def shares(seed):
         adapted = Adapted(network(), torch.randn(1, 3, 8, 8), 2)

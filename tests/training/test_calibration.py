@@ -264,3 +264,35 @@ def test_means_of_outputs_that_are_not_finite_are_named():
     x[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"outputs of .* are not finite"):
         correct_means(supernet, x, supernet.uniform(2))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "8", None])
+def test_a_batch_size_that_is_no_whole_number_is_named(supernet, wrong):
+    with pytest.raises(ValueError, match=f"batch_size={wrong!r} is not allowed: a whole number"):
+        fit_steps(supernet, images(4).tensors[0], batch_size=wrong)
+
+
+WRONG_IMAGES = {
+    "float64": (lambda x: x.double(), "images in torch.float64: the model reads torch.float32"),
+    "uint8": (lambda x: x.byte(), "images in torch.uint8: the model reads torch.float32"),
+    "one": (lambda x: x[0], r"images is of shape \(3, 8, 8\): \(N, C, H, W\) is needed"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
+def test_images_that_the_network_cannot_read_are_named(supernet, change, message):
+    x, before = change(images(4).tensors[0]), copy.deepcopy(supernet.state_dict())
+    with pytest.raises(ValueError, match=message):
+        fit_steps(supernet, x)
+    with pytest.raises(ValueError, match=message):
+        correct_means(supernet, x, supernet.uniform(2))
+    assert all(torch.equal(before[k], v) for k, v in supernet.state_dict().items())
+
+
+def test_a_float64_network_is_calibrated_on_float64_images():
+    torch.manual_seed(0)
+    x = images(16).tensors[0].double()
+    supernet = Supernet(TinyNet().double(), x, (2, 4))
+    fit_steps(supernet, x)
+    correct_means(supernet, x, supernet.uniform(2))
+    assert supernet(x, supernet.uniform(2)).isfinite().all()

@@ -5,15 +5,18 @@ import copy
 import pytest
 import torch
 from conftest import TinyNet, images
+from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from mpqlib.data import draw
 from mpqlib.network.bits import largest
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
 from mpqlib.training.evaluation import (
     batch_norms,
     batch_statistics,
+    check_dataset,
     decoded,
     evaluate,
     recalibrate,
@@ -197,6 +200,105 @@ def test_evaluate_refuses_what_it_cannot_count(supernet, dataset):
     assert network.training
 
 
+class Items(Dataset):
+    """Forty-eight items made of the pair (image, label)."""
+
+    def __init__(self, change):
+        self.pairs, self.change = images(48), change
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.change(*self.pairs[index])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(images(48))
+
+
+UNFIT = {
+    "dict": (Items(lambda x, y: {"image": x, "label": y}), "has items that are a dict: pass a"),
+    "three": (Items(lambda x, y: (x, y, 0)), "has items that are a tuple of 3: pass a dataset of"),
+    "image": (Items(lambda x, y: x), "has items that are a Tensor: pass a dataset of items"),
+    "tuple of one": (TensorDataset(images(48).tensors[0]), "a tuple of 1: pass a dataset"),
+    "PIL": (Items(lambda x, y: (Image.new("RGB", (8, 8)), y)), "images that are a Image: a tensor"),
+    "flat": (Items(lambda x, y: (x.flatten(), y)), r"a Tensor of shape \(192,\): a tensor \(C, H"),
+    "named": (Items(lambda x, y: (x, "cat")), "has labels that are a str: a class is needed"),
+    "stream": (Stream(), "is a Stream: pass a dataset of items"),
+    "mapping": ({"train": images(48)}, "is a dict: pass a dataset of items"),
+    "float64": (Items(lambda x, y: (x.double(), y)), "images in torch.float64: the model reads t"),
+    "uint8": (
+        Items(lambda x, y: (x.byte(), y)),
+        "images in torch.uint8: the model reads torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize(("unfit", "message"), UNFIT.values(), ids=UNFIT)
+def test_items_that_are_no_images_with_labels_are_named_before_any_work(
+    supernet, dataset, unfit, message, tmp_path
+):
+    config, short = supernet.uniform(2), TrainConfig(epochs=1, batch_size=16)
+    for call in (
+        lambda: train(TinyNet(), unfit, short, checkpoint=tmp_path / "c.safetensors"),
+        lambda: train(supernet, unfit, short),
+        lambda: evaluate(TinyNet(), unfit),
+        lambda: evaluate(supernet, unfit, config),
+        lambda: recalibrate(supernet, unfit, config),
+    ):
+        with pytest.raises(ValueError, match=f"^dataset .*{message}"):
+            call()
+    with pytest.raises(ValueError, match=f"^calibration .*{message}"):
+        evaluate(supernet, dataset, config, calibration=unfit)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.double, torch.Tensor.numpy])
+def test_images_of_the_type_of_the_network_are_read(dataset, change):
+    network = TinyNet().double() if change is torch.Tensor.double else TinyNet()
+    data = Items(lambda x, y: (change(x), y))
+    network, history = train(network, data, TrainConfig(epochs=1, batch_size=16))
+    assert len(history) == 1 and len(evaluate(network, data).correct) == 48
+
+
+class Bytes(nn.Module):
+    """Converts its images itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = TinyNet()
+
+    def forward(self, x):
+        return self.net(x.float() / 255)
+
+
+def test_a_network_may_convert_its_images_itself(dataset):
+    data = Items(lambda x, y: ((50 * x + 128).clamp(0, 255).byte(), y))
+    network, _ = train(Bytes(), data, TrainConfig(epochs=1, batch_size=16))
+    assert len(evaluate(network, data).correct) == 48
+
+
+def test_checking_a_data_set_draws_no_random_number(supernet):
+    data = Items(lambda x, y: (x + torch.rand(()), y))
+    before = torch.get_rng_state()
+    check_dataset("dataset", data, supernet)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "8", None])
+def test_numbers_of_images_are_whole_numbers(supernet, dataset, wrong):
+    config = supernet.uniform(2)
+    for call in (recalibrate, evaluate):
+        with pytest.raises(
+            ValueError, match=f"batch_size={wrong!r} is not allowed: a whole number"
+        ):
+            call(supernet, dataset, config, batch_size=wrong)
+        with pytest.raises(ValueError, match=f"images={wrong!r} is not allowed: a whole number"):
+            call(supernet, dataset, config, images=wrong)
+
+
 def naive_statistics(layer, x, bits, sizes):
     """Mean and unbiased variance of a convolution's outputs, averaged over batches, in float64."""
     # 8-bit weights differ from the float ones: quantize by the step's grid
@@ -224,7 +326,7 @@ def test_recalibration_measures_the_norms_of_one_configuration_only(supernet, n,
     assert [row for row in rows if not torch.equal(after[key][row], before[key][row])] == [own]
 
     stem = supernet.layers["stem.0"]  # its input is float
-    mean, var = naive_statistics(stem, data.tensors[0], 8, sizes)
+    mean, var = naive_statistics(stem, data.tensors[0][draw(data, n)], 8, sizes)
     bank = stem.bank
     torch.testing.assert_close(bank.running_mean[0].double(), mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(bank.running_var[0].double(), var, rtol=1e-4, atol=1e-5)
@@ -241,16 +343,50 @@ def test_no_batch_of_a_single_image_at_1x1_resolution(n, size):
     assert supernet.layers["0"].bank.running_var.min() > 0
 
 
-def test_recalibration_reads_no_more_images_than_it_may(supernet):
-    data, config = images(32), supernet.uniform(2)
-    recalibrate(supernet, data, config, images=8)
-    few = statistics(supernet)
-    recalibrate(supernet, images(8), config)  # eight others: the labels are drawn first
-    again = statistics(supernet)
-    first = torch.utils.data.Subset(data, range(8))
-    recalibrate(supernet, first, config)
-    assert all(torch.equal(few[k], v) for k, v in statistics(supernet).items())
-    assert not all(torch.equal(few[k], v) for k, v in again.items())
+class Recorded(Dataset):
+    """Items that remember which of them were read in batches."""
+
+    def __init__(self, items):
+        self.items, self.read = items, []
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def __getitems__(self, indices):
+        self.read += indices
+        return [self.items[i] for i in indices]
+
+
+def test_recalibration_reads_as_many_images_as_asked_always_the_same(supernet):
+    read = []
+    for data in Recorded(images(32)), Recorded(images(32)):
+        evaluate(supernet, images(4), supernet.uniform(2), calibration=data, images=8)
+        read.append(data.read)
+    assert read[0] == read[1] and len(set(read[0])) == 8
+
+
+def sorted_by_class(per_class):
+    """Images of eight classes, one class after the other, each of its own brightness."""
+    y = torch.arange(8).repeat_interleave(per_class)
+    x = torch.randn(len(y), 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x + 3 * y[:, None, None, None], y)
+
+
+@pytest.mark.parametrize("per_class", [32, 200])  # all images, or some of them
+@pytest.mark.parametrize("order", ["sorted", "cyclic"])
+def test_recalibration_does_not_depend_on_the_order_of_classes(supernet, per_class, order):
+    x, y = sorted_by_class(per_class).tensors
+    if order == "cyclic":
+        x, y = (t.unflatten(0, (8, -1)).transpose(0, 1).flatten(0, 1) for t in (x, y))
+    recalibrate(supernet, TensorDataset(x, y), supernet.uniform(3), images=256, batch_size=32)
+    stem = supernet.layers["stem.0"]
+    mean, var = naive_statistics(stem, x, 8, [len(x)])
+    # A batch of one class alone has about a twentieth of the variance.
+    torch.testing.assert_close(stem.bank.running_var[0].double(), var, rtol=0.25, atol=0)
+    torch.testing.assert_close(stem.bank.running_mean[0].double(), mean, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("wrong", [0, -5, 1, True, "many", 20.0, None])
@@ -457,7 +593,7 @@ def test_a_device_that_is_not_here_is_refused(device):
 def test_evaluate_recalibrates_on_as_many_images_as_asked(supernet, dataset):
     config = supernet.uniform(2)
     found = evaluate(supernet, dataset, config, calibration=images(64), images=8, batch_size=4)
-    recalibrate(supernet, Subset(images(64), range(8)), config, batch_size=4)
+    recalibrate(supernet, images(64), config, images=8, batch_size=4)
     assert evaluate(supernet, dataset, config, batch_size=4).loss == found.loss
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import SMALL, TinyNet, images
 from launch import torchrun
 from torch import nn
@@ -373,6 +374,19 @@ def test_settings_that_are_not_allowed_are_named(name, value, allowed):
         TrainConfig(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"), [("1e-3", "1.0e-3 or 0.001"), ("5E4", "5.0e+4 or 50000")]
+)
+def test_a_number_that_yaml_reads_as_text_is_explained(text, hint):
+    value = yaml.safe_load(text)
+    message = re.escape(f"'{text}' is text in YAML: write {hint}")
+    for name in ("lr", "epochs"):
+        with pytest.raises(ValueError, match=f"{name}='{text}' is not allowed: .*{message}$"):
+            TrainConfig(**{name: value})
+    for written in hint.split(" or "):
+        assert yaml.safe_load(written) == float(text)
+
+
 def test_an_unknown_setting_is_named():
     with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
         TrainConfig(**{"epoch": 3})
@@ -404,7 +418,18 @@ def test_fewer_images_than_a_batch_are_refused(supernet):
         train(supernet, images(10), SMALL)
 
 
-@pytest.mark.parametrize("minutes", [-1, math.nan, "10"])
+@pytest.mark.parametrize("workers", ["2", -1, True, 1.0, None])
+def test_workers_that_are_no_whole_number_are_named(dataset, workers):
+    with pytest.raises(ValueError, match=f"workers={workers!r} is not allowed: a whole number"):
+        train(TinyNet(), dataset, SMALL, workers=workers)
+
+
+def test_a_config_of_another_type_is_named(dataset):
+    with pytest.raises(ValueError, match=r"config=.*epochs.* is not allowed: a TrainConfig"):
+        train(TinyNet(), dataset, {"epochs": 1})
+
+
+@pytest.mark.parametrize("minutes", [-1, math.nan, "10", True, None])
 def test_checkpoint_minutes_that_are_not_allowed_are_named(dataset, minutes):
     with pytest.raises(ValueError, match=f"checkpoint_minutes={minutes!r} is not allowed"):
         train(TinyNet(), dataset, SMALL, checkpoint_minutes=minutes)
