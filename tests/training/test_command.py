@@ -55,6 +55,7 @@ def test_profiles_of_the_paper_are_complete(path):
     profile = read_profile(path, {})
     config = profile.supernet_config
     assert (config.epochs, config.batch_size, config.lr) == (150, 512, 0.04)
+    assert not config.sync_norms  # the release: norms of each GPU's share
     assert profile.pretrained and profile.dataset == "imagenet"
     assert models.preprocessing(profile.model)["image_size"] == profile.image_size == 224
 
