@@ -91,11 +91,29 @@ def _temporary(path: Path, suffix: str = "") -> Path:
     return path.with_name(f".{path.name}.{platform.node()}{suffix}.{os.getpid()}")
 
 
+def stored_run(path: Path) -> Path | None:
+    """The stored run that `path` lies in: a folder results/<notebook>/<run> with a provenance.json.
+
+    None if it lies in no such folder.
+    """
+    path = Path(path).resolve()
+    for folder, above in zip((path, *path.parents), path.parents[1:], strict=False):
+        if above.name == "results" and os.path.isfile(folder / "provenance.json"):
+            return folder
+    return None
+
+
 def check_writable(path: Path) -> None:
-    """Raises ValueError if no file can be written at `path`.
+    """Raises ValueError if no file can be written at `path`, and for one in a stored run.
 
     Makes its folder, and removes leftovers of killed writers.
     """
+    if run := stored_run(path):
+        other = "/".join(["runs", *run.parts[-2:]])
+        raise ValueError(
+            f"{path} would change the stored run {run}: write to another folder, such as {other}, "
+            "then store it by python -m mpqlib.report.store"
+        )
     with _named(path):
         if path.is_dir():
             raise IsADirectoryError("it is a folder")

@@ -52,7 +52,17 @@ WINGS = {
         "assignment",
         "proxies",
     ],
-    "report": ["intervals", "tables", "runs", "policy", "paper", "results", "claims", "plots"],
+    "report": [
+        "intervals",
+        "tables",
+        "runs",
+        "store",
+        "policy",
+        "paper",
+        "results",
+        "claims",
+        "plots",
+    ],
     "studies": [
         "parameters",
         "train",

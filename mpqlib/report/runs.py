@@ -16,7 +16,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from ..files import save_json, save_together, write_json
+from ..files import check_writable, save_json, save_together, write_json
 from ..network.bits import BitConfig
 from ..network.cost import bitops, model_size
 from ..network.supernet import Supernet
@@ -113,11 +113,12 @@ class Stopwatch:
     """Wall time of a study that may be interrupted and resumed, kept in `file`.
 
     Call `seconds` after each stage. If a process is killed, only its time since the last call is
-    lost.
+    lost. Raises ValueError if `file` is damaged or cannot be written.
     """
 
     def __init__(self, file: str | Path):
         self.file, self.start = Path(file), time.perf_counter()
+        check_writable(self.file)  # before any work
         self.earlier = 0.0
         if self.file.exists():
             try:
@@ -177,7 +178,8 @@ def save_run(
 
     `source`: from `provenance`. `figures` become PNG files, `documents` JSON files. Figures of an
     earlier run in this folder that this run does not draw are removed; provenance.json lists the
-    figures of a run. Raises ValueError if a file cannot be written; an earlier run is then whole.
+    figures of a run. Raises ValueError if a file cannot be written, or if `folder` is
+    results/<notebook>/<run> and holds a run; an earlier run is then whole.
     """
     folder = Path(folder)
     left = _earlier_figures(folder) - set(figures)

@@ -15,7 +15,7 @@ import yaml
 
 from .. import data
 from ..data import Splits
-from ..files import remembered, save_json
+from ..files import check_writable, remembered, save_json
 from ..report.runs import Stopwatch
 from ..training.evaluation import select_device
 from ..training.loop import Run
@@ -104,12 +104,14 @@ class Command:
         root = profile.pop("data_root", "data")
         if given.output is None and output is None:
             parser.error("--output is missing, and the profile has no output_dir")
+        output = given.output or Path(output)
+        check_writable(output / "metrics.csv")
         return cls(
             setting=setting(**profile),
             seeds=list(seeds),
             most_epochs=most,
             root=given.data or root,
-            output=given.output or Path(output),
+            output=output,
             device=str(select_device(given.device)),
             processes=given.processes,
             started=started,

@@ -156,19 +156,21 @@ class Log:
     """Prints losses and speed of a run, and writes them for TensorBoard where `folder` is given.
 
     For `train(watch=...)`. Losses are means over the epoch so far, the speed is that since the last
-    line. Only the first process writes. Raises ImportError if TensorBoard is not installed.
+    line. The float network and the supernet are two runs of TensorBoard, in folders of these names.
+    Only the first process writes. Raises ImportError if TensorBoard is not installed.
     """
 
     def __init__(self, folder: str | None):
         self.first = rank_and_size()[0] == 0
-        self.writer = open_tensorboard(folder) if folder and self.first else None
+        self.folder = Path(folder) if folder and self.first else None
+        self.writer_class = find_tensorboard(folder) if self.folder else None
         self.speed: Speed | None = None
 
     def __call__(self, run: Run) -> None:
         if not self.first:
             return
         if self.speed is None or self.speed.run is not run:  # the first step of a training
-            self.speed = Speed(run)
+            self.start(run)
             return
         step = run.step % run.steps or run.steps  # in its epoch, from 1
         if step % LOG_EVERY and step != run.steps:
@@ -179,16 +181,25 @@ class Log:
             f"epoch {run.epoch.row['epoch']} of {run.config.epochs}, step {step} of {run.steps}: "
             f"loss {losses['loss']:.3f}, {describe_speed(speed)}"
         )
-        if self.writer:
-            kind = "supernet" if isinstance(run.model, Supernet) else "float"
+        if self.folder:
             for name, value in (losses | speed).items():
-                self.writer.add_scalar(f"{kind}/{name}", value, run.step)
+                self.writer.add_scalar(name, value, run.step)
             self.writer.flush()
         self.speed.start()
 
+    def start(self, run: Run) -> None:
+        """Begins with the first step of a training, which may have resumed.
 
-def open_tensorboard(folder: str):
-    """A SummaryWriter of PyTorch. Raises ImportError if TensorBoard is not installed."""
+        Hides what was written for this step and later ones before it resumed: they come again.
+        """
+        self.speed = Speed(run)
+        if self.folder:
+            kind = "supernet" if isinstance(run.model, Supernet) else "float"
+            self.writer = self.writer_class(str(self.folder / kind), purge_step=run.step)
+
+
+def find_tensorboard(folder: str) -> type:
+    """PyTorch's SummaryWriter. Raises ImportError if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -196,7 +207,7 @@ def open_tensorboard(folder: str):
             f"log_dir={folder!r} needs TensorBoard: uv sync --extra tensorboard, or pip install "
             "tensorboard"
         ) from error
-    return SummaryWriter(folder)
+    return SummaryWriter
 
 
 def say(text: str) -> None:

@@ -1,6 +1,7 @@
 """The training command: profiles, options, the dry run and what it logs."""
 
 import ast
+import copy
 import json
 import runpy
 import sys
@@ -54,6 +55,7 @@ def test_profiles_of_the_paper_are_complete(path):
     profile = read_profile(path, {})
     config = profile.supernet_config
     assert (config.epochs, config.batch_size, config.lr) == (150, 512, 0.04)
+    assert not config.sync_norms  # the release: norms of each GPU's share
     assert profile.pretrained and profile.dataset == "imagenet"
     assert models.preprocessing(profile.model)["image_size"] == profile.image_size == 224
 
@@ -165,19 +167,57 @@ def test_without_tensorboard_log_dir_is_refused(monkeypatch):
         Log("logs")
 
 
-def test_losses_and_speed_are_logged_for_tensorboard(dataset, monkeypatch, capsys):
-    written = []
-    writer = SimpleNamespace(add_scalar=lambda *row: written.append(row), flush=lambda: None)
-    fake = SimpleNamespace(SummaryWriter=lambda folder: writer)
+@pytest.fixture
+def events(monkeypatch):
+    """What TensorBoard shows after `Log("logs")`: rows of folder, name, value and step.
+
+    TensorBoard is not installed everywhere.
+    """
+    rows = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            self.folder = log_dir
+            rows[:] = [row for row in rows if row[0] != log_dir or row[3] < purge_step]
+
+        def add_scalar(self, *row):
+            rows.append((self.folder, *row))
+
+        def flush(self):
+            pass
+
+    fake = SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    return rows
+
+
+def test_losses_and_speed_are_logged_for_tensorboard(dataset, events, capsys):
     config = TrainConfig(epochs=2, batch_size=16)
     log = Log("logs")
     train(TinyNet(), dataset, replace(config, epochs=1), watch=log)
-    written.clear()
     _, history = train(TinyNet(), dataset, config, watch=log)
     names = ["loss", "accuracy", "seconds_per_step", "images_per_second", "waiting"]
-    assert [row[0] for row in written] == 2 * [f"float/{name}" for name in names]
-    found = {(name, step): value for name, value, step in written}
-    assert found["float/loss", 6] == pytest.approx(history[1]["loss"])
-    assert 0 <= found["float/waiting", 6] <= 1 and found["float/images_per_second", 6] > 0
+    assert [row[:2] for row in events] == 2 * [(str(Path("logs/float")), name) for name in names]
+    found = {(name, step): value for _, name, value, step in events}
+    assert found["loss", 6] == pytest.approx(history[1]["loss"])
+    assert 0 <= found["waiting", 6] <= 1 and found["images_per_second", 6] > 0
     assert "epoch 2 of 2, step 3 of 3: loss" in capsys.readouterr().out
+
+
+def test_no_step_appears_twice_after_a_resume(supernet, dataset, events, tmp_path, monkeypatch):
+    monkeypatch.setattr("mpqlib.training.command.LOG_EVERY", 1)
+    config = TrainConfig(epochs=3, batch_size=16)
+    train(TinyNet(), dataset, config, watch=Log("logs"))  # 9 steps
+    log, how = Log("logs"), dict(checkpoint=tmp_path / "run.pt", checkpoint_minutes=1000)
+
+    def killed(run):
+        log(run)
+        if run.step == 5:  # the checkpoint is that of step 3
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(copy.deepcopy(supernet), dataset, config, watch=killed, **how)
+    train(supernet, dataset, config, watch=Log("logs"), **how)
+    losses = [(Path(folder).name, step) for folder, name, _, step in events if name == "loss"]
+    of_float = [("float", step) for step in range(2, 10)]  # the first step starts the clock
+    assert losses == of_float + [("supernet", step) for step in (2, 3, 5, 6, 7, 8, 9)]
