@@ -451,13 +451,13 @@ def quick_table(supernet: Supernet, error: Error, ties: Ties | None = None) -> S
     """
     base = largest(supernet.candidates)
     measurement, measured = _Measurement(supernet, error, base, ties), {}
-    for (name, part), now in reversed(list(_places(base))):
+    for (name, part), _ in reversed(list(_places(base))):
         moves = {m.after: m for m in _moves_of(name, part, base, supernet.candidates)}
 
         def change(bits: int, moves: Mapping[int, Move] = moves) -> float:
             return measurement.after(moves[bits]) - measurement.at_base
 
-        for bits, added in fit_changes(change, list(moves), now).items():
+        for bits, added in fit_changes(change, list(moves)).items():
             measured[(moves[bits],)] = measurement.at_base + added
     errors = {moves: measured[moves] for moves in _changes(base, supernet.candidates, "none")}
     return Sensitivity(
@@ -465,17 +465,15 @@ def quick_table(supernet: Supernet, error: Error, ties: Ties | None = None) -> S
     )
 
 
-def fit_changes(
-    measure: Callable[[int], float], choices: Sequence[int], base: int
-) -> dict[int, float]:
-    """Changes of the error from `base` bits to each of `choices`, all but two of them by a curve.
+def fit_changes(measure: Callable[[int], float], choices: Sequence[int]) -> dict[int, float]:
+    """Changes of the error from the most bits to each of `choices`, all but two of them by a curve.
 
-    `measure`: the change to some bits, measured. `choices`: ascending, below `base`. It is measured
+    `measure`: the change to some bits, measured. `choices`: fewer bits, ascending. It is measured
     at the fewest bits and at two bits more (or the nearest to that, of two the larger). Bits whose
     change is infinite are left out: theirs stays infinite, and the next ones are measured. Each bit
     divides the change by the same ratio r:
 
-        change(b) = d r^(fewest - b) - d r^(fewest - base)
+        change(b) = d r^(fewest - b)
 
     d is the change at the fewest bits, and r follows from both changes, within LEAST_RATIO and
     LARGEST_RATIO. Changes below LEAST_CHANGE count as that. If only one change is finite, it is
@@ -497,8 +495,7 @@ def fit_changes(
         return measured
     ratio = (measured[few] / measured[more]) ** (1 / (more - few))
     ratio = min(max(ratio, LEAST_RATIO), LARGEST_RATIO)
-
-    def curve(bits: int) -> float:
-        return measured[few] * ratio ** (few - bits)
-
-    return {b: inf if measured.get(b) == inf else curve(b) - curve(base) for b in choices}
+    return {
+        bits: inf if measured.get(bits) == inf else measured[few] * ratio ** (few - bits)
+        for bits in choices
+    }
