@@ -21,6 +21,7 @@ from stand import SMALL_STANDS, STANDS, Stand, made_up_error
 
 from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops, model_size
+from mpqlib.search import assignment as program
 from mpqlib.search.assignment import assignment, front, quick_table, silent_c_code, solve
 from mpqlib.search.error import batch_error, kl_error
 from mpqlib.search.sensitivity import PAIRS, Sensitivity, fit_changes, measure_sensitivity
@@ -145,6 +146,19 @@ def test_huge_errors_do_not_hide_small_ones_from_the_solver(
     budget = low + place * (high - low)
     best = min(table.predict(c) for c in stand.every() if bitops(stand.table, c) <= budget)
     assert table.predict(solve(stand, table, budget)) - best <= 1e-9 + 1e-12 * huge
+
+
+def test_a_solution_that_the_solver_lets_exceed_a_limit_is_left_out(monkeypatch):
+    stand, exact = Stand((9, 4), [((2, 3, 4),) * 2] * 2), program.add_limit
+
+    def loose(program, terms, limit):
+        exact(program, terms, 1.3 * limit)
+
+    monkeypatch.setattr(program, "add_limit", loose)
+    table = measure_sensitivity(stand, made_up_error(0))
+    for budget in (60, 100, 150):
+        within = [table.predict(c) for c in stand.every() if bitops(stand.table, c) <= budget]
+        assert isclose(table.predict(solve(stand, table, budget)), min(within))
 
 
 def test_one_huge_slope_does_not_lift_all_others():
