@@ -148,6 +148,15 @@ def test_huge_errors_do_not_hide_small_ones_from_the_solver(
     assert table.predict(solve(stand, table, budget)) - best <= 1e-9 + 1e-12 * huge
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_interactions_of_neighbours_lower_and_raise_the_error(seed):
+    stand = Stand((9, 4, 6), [((2, 3),) * 2, ((2, 4), (2, 6)), ((2, 3),) * 2])
+    error = random_error(seed)
+    table = measure_sensitivity(stand, error, largest(stand.candidates), pairs="neighbours")
+    best = min(map(table.predict, stand.every()))
+    assert isclose(table.predict(solve(stand, table)), best, abs_tol=1e-9)
+
+
 def test_a_solution_that_the_solver_lets_exceed_a_limit_is_left_out(monkeypatch):
     stand, exact = Stand((9, 4), [((2, 3, 4),) * 2] * 2), program.add_limit
 
