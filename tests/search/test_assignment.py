@@ -21,6 +21,7 @@ from stand import SMALL_STANDS, STANDS, Stand, made_up_error
 
 from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops, model_size
+from mpqlib.search import assignment as program
 from mpqlib.search.assignment import assignment, front, quick_table, silent_c_code, solve
 from mpqlib.search.error import batch_error, kl_error
 from mpqlib.search.sensitivity import PAIRS, Sensitivity, fit_changes, measure_sensitivity
@@ -145,6 +146,28 @@ def test_huge_errors_do_not_hide_small_ones_from_the_solver(
     budget = low + place * (high - low)
     best = min(table.predict(c) for c in stand.every() if bitops(stand.table, c) <= budget)
     assert table.predict(solve(stand, table, budget)) - best <= 1e-9 + 1e-12 * huge
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_interactions_of_neighbours_lower_and_raise_the_error(seed):
+    stand = Stand((9, 4, 6), [((2, 3),) * 2, ((2, 4), (2, 6)), ((2, 3),) * 2])
+    error = random_error(seed)
+    table = measure_sensitivity(stand, error, largest(stand.candidates), pairs="neighbours")
+    best = min(map(table.predict, stand.every()))
+    assert isclose(table.predict(solve(stand, table)), best, abs_tol=1e-9)
+
+
+def test_a_solution_that_the_solver_lets_exceed_a_limit_is_left_out(monkeypatch):
+    stand, exact = Stand((9, 4), [((2, 3, 4),) * 2] * 2), program.add_limit
+
+    def loose(program, terms, limit):
+        exact(program, terms, 1.3 * limit)
+
+    monkeypatch.setattr(program, "add_limit", loose)
+    table = measure_sensitivity(stand, made_up_error(0))
+    for budget in (60, 100, 150):
+        within = [table.predict(c) for c in stand.every() if bitops(stand.table, c) <= budget]
+        assert isclose(table.predict(solve(stand, table, budget)), min(within))
 
 
 def test_one_huge_slope_does_not_lift_all_others():
@@ -345,6 +368,8 @@ def test_default_table_measures_two_changes_of_each_bit_width_from_the_largest_b
     followers = sum(len(group) - 1 for group in ties)
     assert len(asked) == len(set(asked)) == 1 + 2 * (4 - followers) + 1
     assert table.candidates == stand.candidates
+    last = [max(i for i, n in enumerate(c) if c[n] != base[n]) for c in asked[1:]]
+    assert ties or last == sorted(last, reverse=True)  # so that few outputs change between passes
     group_of = {name: group for group in ties for name in group}
     for name, (part, place) in itertools.product(base, [("weight", 0), ("act", 1)]):
         members = group_of.get(name, [name]) if part == "act" else [name]

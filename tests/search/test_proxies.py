@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TinyNet, images
+from stand import Stand
 from torch import nn
 from torch.func import functional_call
 
 from mpqlib.network.bits import BitConfig, largest, smallest
 from mpqlib.network.cost import bitops
 from mpqlib.network.supernet import Supernet
+from mpqlib.search import proxies
 from mpqlib.search.assignment import solve
 from mpqlib.search.proxies import (
     hessian_table,
@@ -83,6 +85,27 @@ def test_the_list_lowers_the_least_noise_first(supernet):
         assert bitops(supernet.table, found) <= budget
     with pytest.raises(ValueError, match="budget="):
         lower_by_list(supernet, table, low - 1)
+
+
+def test_the_list_never_raises_bits():
+    stand = Stand((1, 1), [((2, 3, 4), (4,))] * 2)
+    noise = {"l0": {2: 1, 3: 2, 4: 0}, "l1": {2: 4, 3: 3, 4: 0}}  # of l0, 2 bits come before 3
+
+    def error(config):
+        return sum(noise[name][bits.weight] for name, bits in config.items())
+
+    table = measure_sensitivity(stand, error, largest(stand.candidates))
+    found = lower_by_list(stand, table, bitops(stand.table, smallest(stand.candidates)))
+    assert found == smallest(stand.candidates)
+    assert lower_by_list(stand, table, 2 * 4 + 3 * 4) == BitConfig.of({"l0": (2, 4), "l1": (3, 4)})
+
+
+def test_a_negative_trace_counts_as_zero(supernet, monkeypatch):
+    traces = {name: -1.0 for name in supernet.layers} | {"pointwise": 2.0}
+    monkeypatch.setattr(proxies, "hessian_traces", lambda *_: traces)
+    rows = hessian_table(supernet, *images(8).tensors).to_frame()
+    changed = set(rows.loc[rows["change"] != 0, "layer"])
+    assert changed == {"pointwise"}
 
 
 def test_a_table_of_ratings_predicts_their_sum(supernet):
