@@ -153,14 +153,15 @@ def differences(
     """Assesses every other arm against `base`, paired by seed: one row per arm and group.
 
     `value`: the column to compare. `by`: one or more columns; each combination of their entries is
-    a group. Columns: `compared` (the arm), those of `by`, and those of Assessment, so intervals
+    a group; one that `base` or the arm lacks is left out. Columns: `compared` (the arm), those of `by`, and those of Assessment, so intervals
     are those that claims are judged by.
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
     arms = [arm for arm in metrics["arm"].unique() if arm != base]
     for entries in metrics[by].drop_duplicates().itertuples(index=False, name=None):
         where = dict(zip(by, entries, strict=True))
-        for arm in arms:
+        own = set(metrics.loc[(metrics[by] == entries).all(axis=1), "arm"])
+        for arm in (arm for arm in arms if {arm, base} <= own):
             found = assess(metrics, Claim("", value, arm, base, 1, where=where))
             rows.append({"compared": arm} | where | found._asdict())
     return pd.DataFrame(rows)

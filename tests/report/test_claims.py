@@ -221,6 +221,10 @@ def test_every_other_arm_is_compared_in_every_group(metrics):
     found = claims.differences(halves, "distance", "plain", ["data", "half"])
     assert found[["data", "half"]].values.tolist() == [["a", 0], ["a", 1], ["b", 0], ["b", 1]]
     assert found["difference"].tolist() == pytest.approx([1.2333, 0.65, -1.2333, -0.65], abs=1e-4)
+    # An arm that a group lacks is not compared there.
+    lacking = both[(both["arm"] == "plain") | (both["data"] == "b")]
+    found = claims.differences(lacking, "distance", "plain", "data")
+    assert found[["compared", "data"]].values.tolist() == [["better", "b"]]
 
 
 @pytest.fixture
