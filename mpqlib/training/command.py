@@ -30,7 +30,7 @@ EXAMPLES = 64  # images that set the initial step sizes
 LOG_EVERY = 100  # steps between two lines of output
 IMAGENET = 1_281_167, 1000  # training images and classes, for a dry run without the data
 WARM_UP, TIMED = 5, 20  # steps of a dry run
-SETTINGS = {  # what each setting of a profile means, for --help
+MEANINGS = {  # what each setting of a profile means, for --help
     "model": "name of a CNN of torchvision or timm",
     "pretrained": "true: start from the library's pretrained weights (a download)",
     "dataset": "digits, fashion-mnist, cifar10, cifar100, pets, imagenet, folder or npz",
@@ -387,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, value in asdict(Profile()).items():
         option = f"--{name.replace('_', '-')}"
         default = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
-        text = f"{SETTINGS[name]} (default: {default})"
+        text = f"{MEANINGS[name]} (default: {default})"
         parser.add_argument(option, type=yaml.safe_load, metavar="VALUE", help=text)
     options = vars(parser.parse_args(arguments))
     dry_run, path = options.pop("dry_run", False), options.pop("profile")

@@ -20,7 +20,7 @@ import mpqlib
 from mpqlib import data, models
 from mpqlib.files import read_weights
 from mpqlib.network.supernet import Supernet
-from mpqlib.training.command import SETTINGS, Log, Profile, load_images, main, read_profile
+from mpqlib.training.command import MEANINGS, Log, Profile, load_images, main, read_profile
 from mpqlib.training.loop import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,9 +219,9 @@ def test_the_module_is_a_command(name, monkeypatch, capfd):
     text = " ".join(capfd.readouterr().out.split())
     assert "torchrun" in text and "--profile FILE YAML file of settings" in text
     assert "--bits VALUE candidate bit-widths, each from 2 to 16 (default: [2, 3, 4, 5, 6])" in text
-    for setting, meaning in SETTINGS.items():
+    for setting, meaning in MEANINGS.items():
         assert f"--{setting.replace('_', '-')} VALUE {meaning} (default: " in text
-    assert SETTINGS.keys() == vars(Profile()).keys()
+    assert MEANINGS.keys() == vars(Profile()).keys()
 
 
 def test_without_tensorboard_log_dir_is_refused(monkeypatch):
