@@ -372,8 +372,13 @@ def write(root: Path) -> None:
 
 def main() -> None:
     """Writes both pages."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=Path, default=RESULTS.parent, help="of the repository")
+    parser = argparse.ArgumentParser(
+        prog="python -m mpqlib.report.claims",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    root = "folder of the repository, whose README.md and results/README.md are written"
+    parser.add_argument("--root", type=Path, default=RESULTS.parent, help=root)
     write(parser.parse_args().root)
 
 

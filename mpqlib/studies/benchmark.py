@@ -423,12 +423,18 @@ def run_command(
 
 def main() -> None:
     """Runs the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--minutes", type=float, default=6, help="stop after so many")
-    parser.add_argument("--repeats", type=int, default=9, help="of each ratio")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark/metrics.csv"))
-    parser.add_argument("--networks", choices=NETWORKS, help="default: those of the device")
+    parser = argparse.ArgumentParser(
+        prog="python -m mpqlib.studies.benchmark",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--minutes", type=float, default=6, help="stop after so many, above 0")
+    parser.add_argument("--repeats", type=int, default=9, help="of each ratio, from 1")
+    output = Path("runs/benchmark/metrics.csv")
+    parser.add_argument("--output", type=Path, default=output, help="csv file to write")
+    networks = "which networks are measured; None: those of the device"
+    parser.add_argument("--networks", choices=NETWORKS, help=networks)
     options = parser.parse_args()
     if not 0 < options.minutes < math.inf or options.repeats < 1:
         parser.error("--minutes must be a number above 0, --repeats at least 1")

@@ -84,12 +84,17 @@ class Command:
         """
         started, parser = time.time(), argparse.ArgumentParser(description=description)
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.add_argument("profile", type=Path, help="YAML file")
-        parser.add_argument("--data", help="folder or file of the data set; data_root otherwise")
-        parser.add_argument("--output", type=Path, help="folder to write to; output_dir otherwise")
-        parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-        parser.add_argument("--minutes", type=float, help="end by then; no limit by default")
-        parser.add_argument("--processes", type=int, default=1, help="that share the device")
+        parser.add_argument("profile", type=Path, help="YAML file of settings")
+        data_help = "folder or file of the data set (default: the profile's data_root, or data)"
+        parser.add_argument("--data", help=data_help)
+        output_help = "folder to write to (default: the profile's output_dir)"
+        parser.add_argument("--output", type=Path, help=output_help)
+        device_help = "auto, cpu, cuda or mps (default: auto)"
+        parser.add_argument("--device", default="auto", help=device_help)
+        minutes_help = "end within so many, above 0 (default: no limit)"
+        parser.add_argument("--minutes", type=float, help=minutes_help)
+        processes_help = "number that share the device, from 1 (default: 1)"
+        parser.add_argument("--processes", type=int, default=1, help=processes_help)
         given = parser.parse_args(arguments)
         if given.processes < 1 or (given.minutes is not None and not given.minutes > 0):
             parser.error("--processes starts at 1, --minutes must be above 0")

@@ -30,6 +30,27 @@ EXAMPLES = 64  # images that set the initial step sizes
 LOG_EVERY = 100  # steps between two lines of output
 IMAGENET = 1_281_167, 1000  # training images and classes, for a dry run without the data
 WARM_UP, TIMED = 5, 20  # steps of a dry run
+MEANINGS = {  # what each setting of a profile means, for --help
+    "model": "name of a CNN of torchvision or timm",
+    "pretrained": "true: start from the library's pretrained weights (a download)",
+    "dataset": "digits, fashion-mnist, cifar10, cifar100, pets, imagenet, folder or npz",
+    "data_root": "folder of the data set; digits needs none",
+    "train_images": "train on at most this many images; null: all",
+    "image_size": "side of the input in pixels",
+    "bits": "candidate bit-widths, each from 2 to 16",
+    "float_epochs": "epochs of the float network; 0: do not train it",
+    "epochs": "epochs of the supernet",
+    "scheduler": "dynamic bit-width scheduler, true or false",
+    "idm": "information distortion mitigation, true or false",
+    "batch_size": "images in a training step, of all processes together",
+    "training": "further options of TrainConfig, for both networks",
+    "seed": "of the initial weights and of all random numbers",
+    "device": "auto, cpu, cuda or mps",
+    "output_dir": "folder for weights and checkpoints",
+    "workers": "processes that load images, for each training process",
+    "checkpoint_minutes": "time between two checkpoints within an epoch",
+    "log_dir": "folder to write to for TensorBoard; null: none",
+}
 TIMING_COLUMNS = ("model", "image_size", "batch_size", "processes", "device", "dtype", "compile")
 TIMING_COLUMNS += ("timed_steps", "seconds_per_step", "images_per_second", "waiting")
 TIMING_COLUMNS += ("hours", "memory_gb")
@@ -358,13 +379,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--profile", type=Path, default=None, metavar="FILE")
+    profile = "YAML file of settings"
+    parser.add_argument("--profile", type=Path, default=None, metavar="FILE", help=profile)
     parser.add_argument("--dry-run", action="store_true", help="time a few steps, then stop")
     timings = "csv file that a dry run adds a row to"
     parser.add_argument("--timings", type=Path, default=None, metavar="FILE", help=timings)
     for name, value in asdict(Profile()).items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=yaml.safe_load, metavar="VALUE", help=f"default: {value}")
+        default = yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+        text = f"{MEANINGS[name]} (default: {default})"
+        parser.add_argument(option, type=yaml.safe_load, metavar="VALUE", help=text)
     options = vars(parser.parse_args(arguments))
     dry_run, path = options.pop("dry_run", False), options.pop("profile")
     timings = options.pop("timings")
@@ -375,3 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(str(error))
     run_profile(profile, dry_run, timings)
+
+
+if __name__ == "__main__":
+    main()

@@ -61,6 +61,15 @@ def test_a_policy_of_a_named_network_comes_back_in_one_call(tmp_path):
     assert not policy.training and policy.config == config and policy.about["classes"] == 3
 
 
+def test_a_policy_of_another_width_comes_back(tmp_path):
+    torch.manual_seed(0)
+    x = images(8).tensors[0].repeat(1, 1, 4, 4)  # (8, 3, 32, 32)
+    about = {"model": "resnet8_cifar", "classes": 3, "width": 0.5}
+    supernet = Supernet(mpqlib.models.create("resnet8_cifar", 3, width=0.5), x, (2, 4))
+    path = mpqlib.save_policy(tmp_path, supernet, config := supernet.uniform(2), about)
+    assert torch.equal(mpqlib.load_policy(path)(x), supernet.eval()(x, config))
+
+
 def test_a_policy_computes_exactly_what_was_evaluated(supernet, config, tmp_path):
     data = images(32)
     evaluate(supernet, data, config, calibration=data)
@@ -163,6 +172,17 @@ def test_a_changed_byte_of_the_weights_is_noticed(stored, tmp_path):
     file.write_bytes(content)
     with pytest.raises(ValueError, match="SHA-256"):
         mpqlib.load_policy(stored, model=TinyNet())
+
+
+def test_a_step_size_of_zero_is_noticed_when_a_policy_is_loaded(supernet, config, tmp_path):
+    layer = supernet.layers["pointwise"]
+    with torch.no_grad():
+        layer.weight_quantizer.steps.zero_()
+    sha256 = save_weights(tmp_path / "supernet.safetensors", supernet, {})
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(describe_policy(supernet, config, sha256, {})))
+    with pytest.raises(ValueError, match=r"the network does not fit .*policy\.json: .*pointwise"):
+        mpqlib.load_policy(path, model=TinyNet())
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """What a run stores: measurements, policy, provenance and figures."""
 
+import copy
 import json
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,7 @@ from mpqlib.files import save_weights
 from mpqlib.network.bits import largest
 from mpqlib.report import plots, runs
 from mpqlib.report.policy import describe_policy
+from mpqlib.training.evaluation import evaluate, recalibrate
 from mpqlib.training.loop import TrainConfig, train
 
 
@@ -29,6 +31,19 @@ def test_measure_recalibrates_unless_told_not_to(supernet):
     assert not torch.equal(before, supernet.state_dict()[key])
     assert found.keys() == without.keys() and found["search_loss"] != without["search_loss"]
     assert found["top1_low"] <= found["top1"] <= found["top1_high"]
+
+
+def test_measure_takes_each_number_from_its_own_images(supernet):
+    parts = [images(count, seed) for seed, count in enumerate((40, 32, 20, 24))]
+    train_part, calibration, search, test = parts
+    splits = data.Splits(train_part, calibration, search, test, ("a", "b", "c"))
+    config, twin = supernet.uniform(3), copy.deepcopy(supernet)
+    found = runs.measure(supernet, config, splits)
+    recalibrate(twin, calibration, config)
+    expected = [evaluate(twin, part, config) for part in (search, test)]
+    assert found["search_loss"] == expected[0].loss != expected[1].loss
+    assert found["search_top1"] == 100 * expected[0].top1
+    assert found["top1"] == pytest.approx(100 * expected[1].top1)
 
 
 def test_a_run_is_stored_whole(supernet, metrics, dataset, tmp_path):
@@ -49,7 +64,7 @@ def test_a_run_is_stored_whole(supernet, metrics, dataset, tmp_path):
         tmp_path,
         parameters={"bits": [2, 3]},
         metrics=metrics,
-        source=runs.provenance([0], 1.0),
+        source=runs.provenance([0], 75.04),
         figures=drawn,
         policy=describe_policy(supernet, found, sha256, {"model": "tiny"}),
     )
@@ -62,6 +77,7 @@ def test_a_run_is_stored_whole(supernet, metrics, dataset, tmp_path):
     assert len(pd.read_csv(tmp_path / "metrics.csv")) == len(metrics)
     source = json.loads((tmp_path / "provenance.json").read_text())
     assert torch.__version__.startswith(source["versions"]["torch"]) and source["seeds"] == [0]
+    assert source["seconds"] == 75.0 and source["figures"] == list(drawn)
     names = {path.name for path in tmp_path.iterdir()}
     assert {f"{name}.png" for name in drawn} < names and not any(n.startswith(".") for n in names)
 

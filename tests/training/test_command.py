@@ -1,6 +1,7 @@
 """The training command: profiles, options, the dry run and what it logs."""
 
 import ast
+import contextlib
 import copy
 import json
 import runpy
@@ -15,8 +16,11 @@ import torch
 import yaml
 from conftest import TinyNet
 
-from mpqlib import models
-from mpqlib.training.command import Log, Profile, main, read_profile
+import mpqlib
+from mpqlib import data, models
+from mpqlib.files import read_weights
+from mpqlib.network.supernet import Supernet
+from mpqlib.training.command import MEANINGS, Log, Profile, load_images, main, read_profile
 from mpqlib.training.loop import TrainConfig, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +142,59 @@ def test_dry_runs_add_rows_to_a_table(tiny, tmp_path, capsys):
     assert "timings='a.csv' needs --dry-run" in capsys.readouterr().err
 
 
+def test_a_dry_run_downloads_no_weights_and_a_training_does(monkeypatch):
+    asked = []
+
+    def create(name, classes, pretrained):
+        asked.append(pretrained)
+        raise InterruptedError
+
+    monkeypatch.setattr(models, "create", create)
+    monkeypatch.setattr(models, "preprocessing", lambda name: {})
+    for more in (["--dry-run"], []):
+        with pytest.raises(InterruptedError):
+            main(["--pretrained", "true", "--image-size", "8", "--device", "cpu", *more])
+    assert asked == [False, True]
+
+
+def test_pretrained_networks_see_images_as_in_their_training(monkeypatch):
+    seen = []
+
+    def load(dataset, root, **view):
+        seen.append(view)
+        raise InterruptedError
+
+    monkeypatch.setattr(data, "load", load)
+    for pretrained in (False, True):
+        profile = Profile(model="resnet18", pretrained=pretrained, image_size=40, train_images=9)
+        with pytest.raises(InterruptedError):
+            load_images(profile, synthetic=False)
+    own = {"image_size": 40, "train_images": 9}
+    assert seen == [own, models.preprocessing("resnet18") | own]
+
+
+def test_the_seed_alone_decides_and_the_notebook_reads_what_is_written(
+    tiny, events, tmp_path, capsys
+):
+    command = ["--image-size", "8", "--train-images", "64", "--float-epochs", "1", "--epochs", "1"]
+    command += ["--device", "cpu", "--bits", "[2, 4]", "--log-dir", str(tmp_path / "logs")]
+    found = []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(i)  # of no effect
+        main([*command, "--seed", str(seed), "--output-dir", str(tmp_path / str(i))])
+        found.append(read_weights(tmp_path / str(i) / "supernet.safetensors")[0])
+    equal = [all(t.equal(other[n]) for n, t in found[0].items()) for other in found[1:]]
+    assert equal == [True, False]
+    written = yaml.safe_load((tmp_path / "0" / "profile.yaml").read_text())
+    assert written.keys() <= notebook_parameters().keys() and written["output_dir"].endswith("0")
+    net = TinyNet()
+    net.last = torch.nn.Linear(12, 10)
+    supernet = Supernet(net, torch.randn(8, 3, 8, 8), (2, 4))
+    needed = mpqlib.bitops(supernet.table, supernet.uniform(4)) / 1e9
+    budget = float(capsys.readouterr().out.split()[-1])
+    assert needed <= budget < needed + 1e-3
+
+
 def test_a_dry_run_of_too_few_steps_is_refused(tiny):
     with pytest.raises(ValueError, match="epochs=1 is not allowed: a dry run needs 25 steps"):
         main(["--dry-run", "--image-size", "8", "--epochs", "1", "--bits", "[2, 4]"])
@@ -153,12 +210,18 @@ def test_a_data_set_without_its_folder_is_named():
         main(["--dataset", "pets"])
 
 
-def test_the_module_is_a_command(monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["mpqlib.training", "--help"])
-    monkeypatch.delitem(sys.modules, "mpqlib.training.__main__", raising=False)  # another test's
-    runpy.run_module("mpqlib.training", run_name="__main__")
-    text = capfd.readouterr().out
-    assert "torchrun" in text and all(f"--{n.replace('_', '-')}" in text for n in vars(Profile()))
+@pytest.mark.parametrize("name", ["mpqlib.training", "mpqlib.training.command"])
+@pytest.mark.filterwarnings("ignore:'mpqlib.training.* found in sys.modules")  # imported above
+def test_the_module_is_a_command(name, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with contextlib.suppress(SystemExit):
+        runpy.run_module(name, run_name="__main__")
+    text = " ".join(capfd.readouterr().out.split())
+    assert "torchrun" in text and "--profile FILE YAML file of settings" in text
+    assert "--bits VALUE candidate bit-widths, each from 2 to 16 (default: [2, 3, 4, 5, 6])" in text
+    for setting, meaning in MEANINGS.items():
+        assert f"--{setting.replace('_', '-')} VALUE {meaning} (default: " in text
+    assert MEANINGS.keys() == vars(Profile()).keys()
 
 
 def test_without_tensorboard_log_dir_is_refused(monkeypatch):

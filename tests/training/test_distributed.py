@@ -22,7 +22,12 @@ from mpqlib.files import load_state, load_weights, save_state
 from mpqlib.network.supernet import Supernet
 from mpqlib.training import loop
 from mpqlib.training.command import main
-from mpqlib.training.distributed import process_group, synced_batch_norm
+from mpqlib.training.distributed import (
+    copy_from_first,
+    from_first,
+    process_group,
+    synced_batch_norm,
+)
 from mpqlib.training.loop import Run, train
 
 SHORT = replace(SMALL, epochs=2)
@@ -99,6 +104,17 @@ def test_without_synced_norms_processes_agree_on_other_numbers(pair, tmp_path):
     found = in_processes(2, tmp_path, lambda rank: result(True, config))
     check_equal(found[1], found[0], 0)
     assert abs(found[0]["history"][-1]["loss"] - pair[0]["history"][-1]["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_process_takes_what_the_first_one_has(layout, tmp_path):
+    def task(rank):
+        tensor = torch.full((2, 3, 2, 2), float(rank)).to(memory_format=layout)
+        copy_from_first([tensor])
+        return {"tensor": tensor, "value": from_first({"rank": rank})}
+
+    for found in in_processes(2, tmp_path, task):
+        assert found["tensor"].count_nonzero() == 0 and found["value"] == {"rank": 0}
 
 
 def test_every_process_draws_the_same_configurations(tmp_path, monkeypatch):
