@@ -280,7 +280,8 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
     """Copies `tensors`, which come from `path` (a file, or words for it), into the model.
 
     Raises ValueError, with the first names, if tensors are missing, unexpected, of another shape or
-    type, or if they differ where the model shares one tensor. The model is then unchanged.
+    type, if they differ where the model shares one tensor, or if they belong to other bit-widths
+    than the model's. The model is then unchanged.
     """
     own = model.state_dict(keep_vars=True)
     both = [n for n in own if n in tensors]
@@ -312,8 +313,13 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
             for what, names in wrong.items()
             if names
         )
-        raise ValueError(f"{path} does not fit this model. Its tensors: {found}")
-    model.load_state_dict(tensors)
+        earlier = all(n in tensors or n.endswith("_extra_state") for n in own)
+        hint = ". An earlier version of mpqlib wrote it" if wrong["missing"] and earlier else ""
+        raise ValueError(f"{path} does not fit this model. Its tensors: {found}{hint}")
+    try:
+        model.load_state_dict(tensors)
+    except ValueError as error:  # bits of a supernet, which it compares before it changes anything
+        raise ValueError(f"{path} does not fit this model: {error}") from error
 
 
 def _write(path: Path, kind: str, tensors: Mapping[str, Tensor], content: object) -> str:

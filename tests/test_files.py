@@ -34,6 +34,7 @@ from mpqlib.files import (
     save_state,
     save_together,
     save_weights,
+    set_tensors,
 )
 from mpqlib.network.supernet import Supernet
 
@@ -271,6 +272,19 @@ def test_weights_come_back_with_the_signs_of_their_ranges(tmp_path):
             layer.weight_quantizer.signed = False
     assert load_weights(tmp_path / "w.safetensors", supernet) == {"model": "tiny"}
     assert torch.equal(supernet(x, config), expected)
+
+
+def test_weights_of_other_bits_or_an_earlier_version_are_refused(supernet, tmp_path):
+    path, x = tmp_path / "w.safetensors", images(16).tensors[0]
+    other = Supernet(TinyNet(), x, (3, 4, 5), depthwise_min=2)
+    before = {n: t.clone() for n, t in other.state_dict().items()}
+    save_weights(path, Supernet(TinyNet(), x, (2, 3, 4), depthwise_min=2), {})
+    with pytest.raises(ValueError, match=r"w\.safetensors does not fit .*2, 3, 4 .*3, 4, 5 "):
+        load_weights(path, other)
+    assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+    tensors = {n: t for n, t in before.items() if t.dtype != torch.float64}
+    with pytest.raises(ValueError, match=r"missing \('model.stem.0._extra_state'.*earlier version"):
+        set_tensors(other, tensors, path)
 
 
 def test_the_same_weights_give_the_same_file(tmp_path):

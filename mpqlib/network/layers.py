@@ -1,7 +1,7 @@
 """Layers that run at any candidate bit-width, or in float."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,18 @@ class QuantLinear(nn.Module):
             input = self.act_quantizer(input, self.position[1:2])
         return functional_call(self.op, {"weight": weight}, (input,))
 
+    # The pairs belong to the checkpoint, because step sizes and norms lie in their order, without
+    # names. As float64, because TERNARY is no whole number.
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.pairs, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Does nothing: the pairs were compared before anything was loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        check_pairs(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
@@ -71,6 +83,32 @@ class QuantLinear(nn.Module):
             if name == "op" or name.startswith("_"):
                 raise
             return getattr(self.op, name)
+
+
+def _listed(pairs: Iterable[tuple[float, float]]) -> str:
+    """The bits of weights and of activations in `pairs`, in words."""
+    weight = ", ".join(f"{bits:g}" for bits in dict.fromkeys(w for w, _ in pairs))
+    act = ", ".join(f"{bits:g}" for bits in dict.fromkeys(a for _, a in pairs))
+    return f"{weight} (weights) and {act} (activations)"
+
+
+def check_pairs(layer: QuantLinear, state: Mapping[str, Tensor], prefix: str) -> None:
+    """Raises ValueError if step sizes or norms in `state` belong to other bits than the layer's.
+
+    `prefix`: of the layer's tensors in `state`.
+    """
+    by_bits = tuple(prefix + part for part in ("weight_quantizer.", "act_quantizer.", "bank."))
+    name, stored = prefix.removesuffix("."), state.get(f"{prefix}_extra_state")
+    if stored is None and any(name.startswith(by_bits) for name in state):
+        raise ValueError(
+            f"layer {name!r} is stored without its bit-widths, so its step sizes and norms cannot "
+            "be assigned: an earlier version of mpqlib wrote them; use that version"
+        )
+    if stored is not None and stored.tolist() != layer.get_extra_state().tolist():
+        raise ValueError(
+            f"layer {name!r} is stored with the bits {_listed(stored.tolist())}, but this "
+            f"supernet has {_listed(layer.pairs)}: build it with the stored bits"
+        )
 
 
 def stack_tensors(module: nn.Module, count: int) -> nn.Module:

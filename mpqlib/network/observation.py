@@ -1,5 +1,6 @@
 """What passes of a network on an example show: inputs of layers, counts of operations, weights."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .layers import QuantLinear
 
+OUTPUTS = 16  # stored outputs of a network, at most
 UNCOUNTED = (nn.RNNBase, nn.Bilinear)  # torch.utils.flop_counter finds no operation in these
 
 
@@ -112,6 +114,62 @@ def noise_image(model: nn.Module, shape: Sequence[int]) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     return torch.rand(1, *shape, generator=generator).to(next(model.parameters()))
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Some outputs of a copy of the model on the CPU, in `dtype`, for an image of fixed noise."""
+    copied = copy.deepcopy(model).to("cpu", dtype).eval()
+    with torch.random.fork_rng(devices=[]):  # dropout that does not ask for the mode
+        torch.default_generator.manual_seed(0)
+        outputs = copied(noise_image(copied, shape)).flatten()
+    return outputs[:: -(-len(outputs) // OUTPUTS)].double()
+
+
+@torch.inference_mode(False)  # some of its operations are not allowed in inference mode
+def record_outputs(model: nn.Module, shape: Sequence[int]) -> dict:
+    """Some outputs of `model`, by which `check_outputs` knows the network again; for JSON.
+
+    `shape`: of an image (C, H, W). The model runs on a copy, in eval mode and as `model(images)`: a
+    supernet in float mode.
+    """
+    # In float mode and in float64, because processors round differently. In a low-bit network, one
+    # value that is rounded to the other side spreads, and small differences between networks are
+    # rounded away. A network that computes in a type of its own runs in that type.
+    own = next(model.parameters()).dtype
+    for dtype in (torch.float64, own):
+        try:
+            values = _outputs(model, shape, dtype).tolist()
+            return {"dtype": str(dtype).removeprefix("torch."), "values": values}
+        except RuntimeError:
+            if dtype == own:
+                raise
+
+
+@torch.inference_mode(False)
+def check_outputs(model: nn.Module, shape: Sequence[int], recorded: Mapping) -> None:
+    """Raises ValueError if `model` does not give the outputs that `record_outputs` returned.
+
+    So a network of another build is found even if all its tensors have the same shapes: one with
+    another activation, padding or epsilon. Outputs may differ by 1e-5 of the largest one, and by
+    more if they were recorded in a type of few digits: other processors add in another order.
+    """
+    dtype = getattr(torch, recorded["dtype"])
+    expected = torch.tensor(recorded["values"], dtype=torch.float64)
+    found = _outputs(model, shape, dtype)
+    tolerance = max(1e-5, torch.finfo(dtype).eps ** 0.5)
+    within = tolerance * float(expected.nan_to_num(0, 0, 0).abs().max())
+    same = found.shape == expected.shape
+    if not same or not torch.allclose(found, expected, rtol=0, atol=within, equal_nan=True):
+        raise ValueError(
+            "it computes something else with the same weights: its outputs for an image of fixed "
+            f"noise begin with {_listed(found)}, those of the stored network with "
+            f"{_listed(expected)}. Is it of the same build (activations, padding, eps of norms)?"
+        )
+
+
+def _listed(values: Tensor) -> str:
+    return ", ".join(f"{value:.7g}" for value in values[:3].tolist())
 
 
 def observe(

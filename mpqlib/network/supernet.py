@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
 from .bits import BitConfig, Candidates, check_bits, check_config, check_overrides, smallest
-from .layers import QuantConvBN, QuantLinear
+from .layers import QuantConvBN, QuantLinear, check_pairs
 from .observation import Observation, check_quantized, observe
 from .quantizer import GRANULARITIES, INITIAL_STEPS, Quantizer
 from .tracing import LAYERS, Structure, trace
@@ -304,6 +304,11 @@ class Supernet(nn.Module):
         """Logits (N, classes) of images (N, C, H, W) at `config`, or in float if it is None."""
         self.set_bits(config)
         return self.model(x.clone())  # a network may normalise its images in place
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for name, layer in self.layers.items():  # all of them, before anything is changed
+            check_pairs(layer, state_dict, f"{prefix}model.{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def check_supernet(name: str, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from ..models import create
 from ..network.bits import BitConfig, Candidates
 from ..network.cost import COST_MODEL, bitops
 from ..network.layers import QuantConvBN
-from ..network.observation import noise_image
+from ..network.observation import check_outputs, noise_image, record_outputs
 from ..network.supernet import Supernet, check_steps, check_supernet
 from ..training.evaluation import check_statistics, move_channels_last, select_device
 
@@ -41,7 +41,8 @@ class Policy(nn.Module):
 def describe_policy(supernet: Supernet, config: BitConfig, sha256: str, about: Mapping) -> dict:
     """The contents of policy.json: bits per layer, cost, what `load_policy` needs, and a hash.
 
-    `sha256`: of the weights, from `save_weights`. `about`: further entries, such as those of
+    Some outputs in float mode are among them: `load_policy` knows the network by them. `sha256`: of
+    the weights, from `save_weights`. `about`: further entries, such as those of
     `save_policy`; stored as `plain` makes them.
     """
     supernet.check(config)
@@ -58,6 +59,7 @@ def describe_policy(supernet: Supernet, config: BitConfig, sha256: str, about: M
         "tie_inputs": any(info.input_of for info in supernet.table),
         "candidates": {name: list(map(list, c)) for name, c in supernet.candidates.items()},
         "checkpoint_sha256": sha256,
+        "float_outputs": record_outputs(supernet, supernet.input_shape),
         "bitops_g": bitops(supernet.table, config) / 1e9,
         "layers": {name: list(bits) for name, bits in config.items()},
     }
@@ -95,7 +97,7 @@ def save_policy(
     # This replaces the earlier policy. Until then, its weights must stay in their place.
     try:
         save_json(folder / POLICY, describe_policy(supernet, config, sha256, about))
-    except ValueError:  # the disk is full: weights that nothing refers to would take space
+    except Exception:  # such as a full disk: weights that nothing refers to would take space
         if not is_known:
             staged.unlink()
         raise
@@ -117,10 +119,10 @@ def _read(path: Path) -> dict:
     expected = {"layers", "cost_model", "checkpoint_sha256", "bitops_g", POLICY_HASH}
     if not isinstance(stored, dict) or not expected <= stored.keys():
         raise ValueError(f"{path} is no policy: it needs the keys {sorted(expected)}")
-    if "tie_inputs" not in stored:
+    if missing := [key for key in ("tie_inputs", "float_outputs") if key not in stored]:
         raise ValueError(
-            f"{path} was written by an earlier version of mpqlib, which stored step sizes and batch"
-            " norms one by one: use the version that wrote it"
+            f"{path} was written by an earlier version of mpqlib, which did not store {missing}: "
+            "use the version that wrote it"
         )
     if stored["cost_model"] != COST_MODEL:
         raise ValueError(
@@ -187,7 +189,8 @@ def load_policy(
 
     Raises FileNotFoundError if a file is missing. Raises ValueError if policy.json is no policy,
     was changed, lacks what building the network needs or has another cost model, if the weights
-    have another SHA-256, or if the network does not fit.
+    have another SHA-256, or if the network does not fit: with other bits, layers or shapes, or with
+    other outputs in float mode, as another activation function, padding or epsilon would give them.
     """
     path = Path(path)
     stored = _read(path)
@@ -202,6 +205,7 @@ def load_policy(
         load_weights(weights, supernet)
         policy = Policy(supernet, config, stored)
         check_steps(supernet)
+        check_outputs(supernet, stored["input_shape"], stored["float_outputs"])
     except (RuntimeError, ValueError) as error:
         hint = "; pass model=<your float network> if it is another one" if model is None else ""
         raise ValueError(f"the network does not fit {path}: {error}{hint}") from error

@@ -22,7 +22,16 @@ from scipy.stats import chisquare
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
-from mpqlib.network.bits import BitConfig, Bits, Candidates, largest, sample, smallest
+from mpqlib.network.bits import (
+    BINARY,
+    TERNARY,
+    BitConfig,
+    Bits,
+    Candidates,
+    largest,
+    sample,
+    smallest,
+)
 from mpqlib.network.layers import QuantConvBN, QuantLinear
 from mpqlib.network.quantizer import INITIAL_STEPS, lsq_step
 from mpqlib.network.supernet import Supernet
@@ -492,6 +501,54 @@ def edge_network() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(16, 2),
     ).double()
+
+
+def normed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten()
+    )
+
+
+def other_bits(x: Tensor, *bits: Candidates) -> list[Supernet]:
+    """Two of equal shapes, whose second convolution has these candidates."""
+    overrides = [{"2": candidates} for candidates in bits]
+    return [Supernet(normed(), x, (2, 4), overrides=o) for o in overrides]
+
+
+OTHER_BITS = [
+    (Candidates((2, 4), (2, 4)), Candidates((3, 5), (2, 4))),  # steps of weights
+    (Candidates((2, 4), (2, 4)), Candidates((2, 4), (3, 5))),  # steps of activations
+    (Candidates((2, 4), (3,)), Candidates((4,), (2, 3))),  # equally many norms
+    (Candidates((BINARY,), (8,)), Candidates((TERNARY,), (8,))),  # without steps
+]
+
+
+@pytest.mark.parametrize("bits", OTHER_BITS)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("part", ["", "model", "model.2"])
+def test_a_state_of_other_bits_is_refused_on_every_way_in(part, strict, bits, generator):
+    one, other = other_bits(torch.randn(4, 3, 6, 6, generator=generator), *bits)
+    with torch.no_grad():
+        one.model[0].op.weight.add_(1)
+    state = one.get_submodule(part).state_dict()
+    before = {n: t.clone() for n, t in other.state_dict().items()}
+    if bits[0].weight == (2, 4) and bits[1].weight == (4,):  # other shapes: for these bits alone
+        state = {n: t for n, t in state.items() if ".steps" not in n}
+    with pytest.raises(ValueError, match=r"layer '.*' is stored with the bits .* this supernet"):
+        other.get_submodule(part).load_state_dict(state, strict)
+    if not part:  # nothing has changed
+        assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+
+
+def test_a_state_without_bits_is_refused_and_weights_alone_are_not(generator):
+    x = torch.randn(4, 3, 6, 6, generator=generator)
+    one, other = (Supernet(normed(), x, (2, 4)) for _ in range(2))
+    earlier = {n: t for n, t in one.state_dict().items() if t.dtype != torch.float64}
+    with pytest.raises(ValueError, match=r"stored without its bit-widths.* an earlier version"):
+        other.load_state_dict(earlier)
+    weights = {n: t for n, t in earlier.items() if n.endswith("op.weight")}
+    other.load_state_dict(weights, strict=False)
+    assert torch.equal(other.model[2].op.weight, one.model[2].op.weight)
 
 
 def test_edges_run_at_eight_bits_and_the_first_reads_the_image_as_it_is(generator):

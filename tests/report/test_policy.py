@@ -193,9 +193,10 @@ def test_another_cost_model_is_named(stored):
         mpqlib.load_policy(stored, model=TinyNet())
 
 
-def test_a_policy_of_an_earlier_version_is_named(stored):
+@pytest.mark.parametrize("key", ["tie_inputs", "float_outputs"])
+def test_a_policy_of_an_earlier_version_is_named(stored, key):
     content = json.loads(stored.read_text())
-    del content["tie_inputs"]
+    del content[key]
     stored.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="written by an earlier version of mpqlib"):
         mpqlib.load_policy(stored, model=TinyNet())
@@ -244,6 +245,84 @@ class Renamed(TinyNet):
 def test_a_network_that_does_not_fit_is_named(stored, network):
     with pytest.raises(ValueError, match=r"the network does not fit .*policy\.json"):
         mpqlib.load_policy(stored, model=network())
+
+
+class WithSiLU(TinyNet):
+    """TinyNet with another activation function."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem[2] = nn.SiLU()
+
+
+class WithEps(TinyNet):
+    """TinyNet with the epsilon that TensorFlow's networks have in one norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm.eps = 1e-3
+
+
+class WithPadding(TinyNet):
+    """TinyNet with another padding in its first convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem[0] = nn.Conv2d(3, 8, 3, 2, 1, bias=False, padding_mode="reflect")
+
+
+class WithShift(TinyNet):
+    """TinyNet that reads its image one pixel further."""
+
+    def forward(self, x):
+        return super().forward(x.roll((1, 1), (2, 3)))
+
+
+class Float32(TinyNet):
+    """TinyNet that computes in float32 alone."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class Random(TinyNet):
+    """TinyNet that drops features in each mode."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.1, training=True))
+
+
+@pytest.mark.parametrize("build", [Float32, Random])
+def test_networks_of_one_type_or_with_random_numbers_are_known_again(build, tmp_path):
+    supernet = Supernet(build(), images(16).tensors[0], (2, 3, 4))
+    before = torch.random.get_rng_state()
+    path = mpqlib.save_policy(tmp_path, supernet, supernet.uniform(3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert mpqlib.load_policy(path, model=build()).config == supernet.uniform(3)
+    with pytest.raises(ValueError, match="something else with the same weights"):
+        mpqlib.load_policy(path, model=WithSiLU())
+
+
+def test_other_processors_may_add_in_another_order(stored, monkeypatch):
+    convolve = nn.functional.conv2d
+    monkeypatch.setattr(nn.functional, "conv2d", lambda *args: convolve(*args) * (1 + 1e-12))
+    assert mpqlib.load_policy(stored, model=TinyNet())
+
+
+def test_a_policy_of_other_bits_is_refused(stored):
+    other = Supernet(TinyNet(), images(16).tensors[0], (3, 4, 5), depthwise_min=4)
+    with pytest.raises(ValueError, match=r"does not fit .* 3, 4 \(weights\).* 4, 5 \(weights\)"):
+        mpqlib.load_policy(stored, model=other)
+
+
+@pytest.mark.parametrize("build", [WithSiLU, WithEps, WithPadding, WithShift])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_network_of_another_build_is_refused(stored, build, converted):
+    network = build()
+    if converted:
+        network = Supernet(network, images(16).tensors[0], (2, 3, 4))
+    with pytest.raises(ValueError, match=r"does not fit .*policy\.json.* something else with the"):
+        mpqlib.load_policy(stored, model=network)
 
 
 def test_another_image_size_is_noticed(stored):
