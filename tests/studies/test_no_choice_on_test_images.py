@@ -98,7 +98,7 @@ def choose_in_transfer(test: TensorDataset, folder: Path) -> object:
     """08: policies of the source and of the target."""
     data = {"dataset": "digits"}
     recipe = transfer.Recipe(
-        *("resnet8_cifar", data, data, 8, [2, 4], 4, 1, 1, 2, 1, 16), recalibration_images=48
+        *("resnet8_cifar", data, data, 8, [2, 4, 6], 4, 1, 1, 2, 1, 16), recalibration_images=48
     )
     study = transfer.Transfer(recipe, splits_with(test), splits_with(test), folder, CPU)
     return without_test(study.run("transferred", 0))
