@@ -37,7 +37,7 @@ def t_interval(values: Sequence[float], covariance: float = 0.0) -> Interval:
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(mean, float("nan"), float("nan"))
-    shared, own = max(covariance, 0.0), float(sem(values)) ** 2
+    shared, own = max(float(covariance), 0.0), float(sem(values)) ** 2
     freedom = (len(values) - 1) * ((own + shared) / own) ** 2 if own else inf
     half = float(t.ppf(0.975, freedom)) * (own + shared) ** 0.5
     return Interval(mean, mean - half, mean + half)

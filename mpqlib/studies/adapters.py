@@ -18,7 +18,7 @@ from ..files import read_weights, save_weights, set_tensors
 from ..network.bits import Bits, Candidates, check_bits
 from ..network.cost import bitops, model_size
 from ..network.layers import QuantLinear
-from ..network.observation import hooked, noise_image, observe
+from ..network.observation import check_outputs, hooked, noise_image, observe, record_outputs
 from ..network.supernet import (
     LayerInfo,
     check_plain_weight,
@@ -357,8 +357,8 @@ def save_adapted(path: str | Path, adapted: Adapted) -> str:
     """Writes an adapted network as a safetensors file; returns the file's SHA-256.
 
     Tensors are stored in float, so the file is larger than `Adapted.cost` says. It also holds the
-    bits and the rank of each convolution, which `load_adapted` needs. Raises ValueError within a
-    search, when adapters are cut softly.
+    bits and the rank of each convolution, which `load_adapted` needs, and some outputs, by which it
+    knows the network again. Raises ValueError within a search, when adapters are cut softly.
     """
     convs = adapted.convs
     if soft := [name for name, conv in convs.items() if conv.order is not None]:
@@ -369,6 +369,7 @@ def save_adapted(path: str | Path, adapted: Adapted) -> str:
         granularity=adapted.granularity,
         adapter_bits=adapted.adapter_bits,
         input_shape=adapted.input_shape,
+        outputs=record_outputs(adapted, adapted.input_shape),
     )
     return save_weights(Path(path), adapted, about, FILE_KIND)
 
@@ -378,9 +379,15 @@ def load_adapted(path: str | Path, network: nn.Module) -> Adapted:
 
     `network`: a float network of the same build, with any weights; it stays as it is. Bits and
     ranks come from the file. Raises ValueError if the file is damaged or is no adapted network, or
-    if the network does not fit it.
+    if the network does not fit it: with other layers or shapes, or with other outputs, as another
+    activation function, padding or epsilon would give them.
     """
     tensors, about = read_weights(Path(path), FILE_KIND)
+    if "outputs" not in about:
+        raise ValueError(
+            f"{path} was written by an earlier version of mpqlib, which stored no outputs of the "
+            "network: use the version that wrote it"
+        )
     copied = copy.deepcopy(network).eval()
     example = noise_image(copied, about["input_shape"])
     how = dict(granularity=about["granularity"], adapter_bits=about["adapter_bits"])
@@ -389,6 +396,7 @@ def load_adapted(path: str | Path, network: nn.Module) -> Adapted:
         for name, conv in adapted.convs.items():
             conv.set_rank(about["ranks"][name], adapted.adapter_bits)
         set_tensors(adapted, tensors, path)
+        check_outputs(adapted, about["input_shape"], about["outputs"])
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the network does not fit {path}: {error}") from error
     return adapted

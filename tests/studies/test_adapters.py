@@ -361,6 +361,32 @@ def test_a_stored_network_of_another_build_is_refused(tmp_path):
         load_adapted(file, adapted_tiny())
 
 
+@pytest.mark.parametrize(
+    "part, other",
+    {
+        "stem.2": nn.SiLU(),
+        "stem.1": nn.BatchNorm2d(8, eps=0.1),
+        "stem.0": nn.Conv2d(3, 8, 3, 2, 1, bias=False, padding_mode="reflect"),
+        "depthwise": nn.Conv2d(8, 8, 3, 1, 2, dilation=2, groups=8, bias=False),
+    }.items(),
+)
+def test_another_build_of_equal_shapes_is_refused(tmp_path, part, other):
+    save_adapted(file := tmp_path / "adapted.safetensors", adapted_tiny())
+    built = TinyNet()
+    built.set_submodule(part, other)
+    with pytest.raises(
+        ValueError, match=r"does not fit .*it computes something else with the same"
+    ):
+        load_adapted(file, built)
+
+
+def test_a_file_without_outputs_names_its_version(tmp_path):
+    adapted, file = adapted_tiny(), tmp_path / "adapted.safetensors"
+    save_weights(file, adapted, {"bits": {}}, adapters.FILE_KIND)
+    with pytest.raises(ValueError, match=r"adapted.safetensors was written by an earlier version"):
+        load_adapted(file, TinyNet())
+
+
 def test_only_load_adapted_reads_an_adapted_network(tmp_path):
     file, adapted = tmp_path / "adapted.safetensors", adapted_tiny()
     save_adapted(file, adapted)

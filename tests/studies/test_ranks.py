@@ -136,6 +136,46 @@ def test_the_penalty_counts_the_weights_of_all_adapters(monkeypatch):
     assert len({spent for spent, _ in seen}) == 4
 
 
+def literal_search(adapted, convs, x, y, budget, iterations, lr, clip, gamma):
+    """The shares after `iterations` of Adam by its formulas, a number at a time, on all images."""
+    shares = {name: conv.share.item() for name, conv in convs.items()}
+    m, v = dict.fromkeys(shares, 0.0), dict.fromkeys(shares, 0.0)
+    for t in range(1, iterations + 1):
+        spent = sum(c.share * c.rank * c.component for c in convs.values()) / adapted.weights
+        over = torch.clamp(spent - budget, min=0)
+        loss = nn.functional.cross_entropy(adapted(x), y) + gamma * over.exp()
+        found = torch.autograd.grad(loss, [conv.share for conv in convs.values()])
+        for (name, conv), gradient in zip(convs.items(), found, strict=True):
+            g = min(max(gradient.item(), -clip), clip)
+            m[name] = 0.9 * m[name] + 0.1 * g
+            v[name] = 0.999 * v[name] + 0.001 * g * g
+            step = m[name] / (1 - 0.9**t) / (math.sqrt(v[name] / (1 - 0.999**t)) + 1e-8)
+            shares[name] = min(max(shares[name] - lr * step, 1 / conv.rank), 1.0)
+            conv.share.data.fill_(shares[name])
+    return shares
+
+
+@pytest.mark.parametrize("lr, clip", [(0.02, 0.2), (0.02, 0.01), (0.3, 0.2)])
+def test_search_agrees_with_its_literal_twin(lr, clip):
+    x, y = images(16).tensors
+    found = []
+    for search in (ranks.search_ranks, literal_search):
+        adapted = Adapted(network(), x, 2)
+        for conv in adapted.convs.values():
+            conv.cut_softly(0.5, order=4)
+        how = dict(iterations=8, lr=lr, clip=clip, gamma=2.0)
+        how |= dict(batch_size=16) if search is ranks.search_ranks else {}
+        found.append(search(adapted, adapted.convs, x, y, 0.4, **how))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_the_result_has_hard_ranks():
+    adapted = cora(network(), images(32), bits=3, budget=0.5, **QUICK)
+    for conv in adapted.convs.values():
+        whole = conv.conv.weight + (conv.left @ conv.right).view_as(conv.conv.weight)
+        assert torch.equal(conv.weight, whole) and conv.order is None
+
+
 def test_gradients_reach_the_shares_alone():
     adapted = Adapted(network(), torch.randn(1, 3, 8, 8), 3)
     for conv in adapted.convs.values():
