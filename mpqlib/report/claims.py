@@ -153,8 +153,8 @@ def differences(
     """Assesses every other arm against `base`, paired by seed: one row per arm and group.
 
     `value`: the column to compare. `by`: one or more columns; each combination of their entries is
-    a group; one that `base` or the arm lacks is left out. Columns: `compared` (the arm), those of `by`, and those of Assessment, so intervals
-    are those that claims are judged by.
+    a group; one that `base` or the arm lacks is left out. Columns: `compared` (the arm), those of
+    `by`, and those of Assessment, so intervals are those that claims are judged by.
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
     arms = [arm for arm in metrics["arm"].unique() if arm != base]
