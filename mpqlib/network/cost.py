@@ -51,10 +51,10 @@ def check_budget(budget: float, lowest: float, highest: float) -> str | None:
     `lowest`, `highest`: BitOPs of the smallest and of the largest configuration. Raises ValueError,
     with the allowed range, for a budget below `lowest`.
     """
-    if not budget >= lowest:
+    if not budget >= lowest:  # all digits, because a budget can miss by the last one
         raise ValueError(
-            f"bitops={budget / 1e9:g} G cannot be met: allowed are {lowest / 1e9:.3f} G"
-            f" (every layer at its smallest bits) to {highest / 1e9:.3f} G (largest bits)"
+            f"bitops={budget / 1e9:.12g} G cannot be met: allowed are {lowest / 1e9:.12g} G"
+            f" (every layer at its smallest bits) to {highest / 1e9:.12g} G (largest bits)"
         )
     if budget >= highest:
         return (
