@@ -169,6 +169,31 @@ def test_search_agrees_with_its_literal_twin(lr, clip):
     assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
+@pytest.mark.parametrize("teacher", [True, False])
+def test_the_search_gets_the_options(monkeypatch, teacher):
+    seen = {}
+
+    def keep(adapted, convs, x, targets, budget, **how):
+        found = {name: (conv.share.item(), conv.order) for name, conv in convs.items()}
+        seen.update(how, convs=found, targets=targets, budget=budget)
+        return {name: share for name, (share, _) in found.items()}
+
+    monkeypatch.setattr(ranks, "search_ranks", keep)
+    subject, dataset = network(), images(16)
+    how = dict(iterations=7, batch_size=5, lr=0.3, clip=0.4, gamma=0.6, seed=9)
+    cora(subject, dataset, 3, 0.5, start=0.7, order=2, teacher=teacher, **how)
+    assert {name: seen[name] for name in how} == how and seen["budget"] == 0.5
+    assert list(seen["convs"].values()) == [(pytest.approx(0.7), 2)] * 3
+    x, y = dataset.tensors
+    expected = subject.eval()(x).detach() if teacher else y  # the teacher is the float network
+    assert torch.equal(seen["targets"], expected)
+    cora(subject, dataset, 3, 0.5, **how)
+    shares = [share for share, _ in seen["convs"].values()]
+    adapted = Adapted(copy.deepcopy(subject), x[:1], 3)
+    full = sum(conv.rank * conv.component for conv in adapted.convs.values())
+    assert shares == pytest.approx([0.5 * adapted.weights / full] * 3)  # meets the budget
+
+
 def test_the_result_has_hard_ranks():
     adapted = cora(network(), images(32), bits=3, budget=0.5, **QUICK)
     for conv in adapted.convs.values():
@@ -277,9 +302,11 @@ def test_exempt_and_float_convolutions_have_no_adapter():
 
 def test_norms_are_recalibrated_on_the_calibration_images():
     subject, dataset = network(), images(32)
-    adapted = cora(subject, dataset, bits=2, budget=0, recalibrate=True)
-    seen = adapted.network.stem[0](dataset.tensors[0])
-    assert torch.allclose(adapted.network.stem[1].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+    for budget in (0, 0.5):  # with adapters: of the ranks that the search found
+        adapted = cora(subject, dataset, bits=2, budget=budget, recalibrate=True, **QUICK)
+        seen = adapted.network.stem[0](dataset.tensors[0])
+        mean = adapted.network.stem[1].running_mean
+        assert torch.allclose(mean, seen.mean((0, 2, 3)), atol=1e-5)
     kept = cora(subject, dataset, bits=2, budget=0)
     assert torch.equal(kept.network.stem[1].running_mean, subject.stem[1].running_mean)
 
