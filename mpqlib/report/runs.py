@@ -44,7 +44,7 @@ def measure(
     correctly (`correct_text`). Raises ValueError as `recalibrate` and `evaluate` do.
     """
     if images is not None:
-        recalibrate(supernet, splits.calibration, config, images=images, device=device)
+        recalibrate(supernet, splits.train, config, images=images, device=device)
     searched = evaluate(supernet, splits.search, config, device=device)
     tested = evaluate(supernet, splits.test, config, device=device)
     return {

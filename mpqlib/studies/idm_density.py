@@ -199,8 +199,8 @@ def compare_weights(
         supernet = Supernet(copy.deepcopy(network), examples, bits)
         of_arm = replace(config, seed=seed, idm_weight=weight)
         supernet, _ = train(supernet, splits.train, of_arm, device=device, label=arm)
-        distances, outputs = compare_outputs(supernet, x, splits.calibration, low, high, **options)
-        recalibration = dict(calibration=splits.calibration, **options)
+        distances, outputs = compare_outputs(supernet, x, splits.train, low, high, **options)
+        recalibration = dict(calibration=splits.train, **options)
         found = evaluate(supernet, splits.test, supernet.uniform(low), **recalibration)
         share = idm_share(supernet, splits, weight, config.batch_size, seed, device)
         about = {"arm": arm, "seed": seed, "top1": 100 * found.top1, "idm_share": share}

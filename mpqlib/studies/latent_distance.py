@@ -146,7 +146,7 @@ def watch_candidates(
     float_config = replace(float_config, seed=seed)
     network, _ = train(network, splits.train, float_config, device=device, label="float")
     examples = next(iter(loader(splits.calibration, 64)))[0].to(device)
-    recalibration = dict(calibration=splits.calibration, images=recalibration_images)
+    recalibration = dict(calibration=splits.train, images=recalibration_images)
     for arm, bits in arms.items():
         supernet = Supernet(copy.deepcopy(network), examples, bits)
         probe = LatentProbe(pointwise(supernet), watched)

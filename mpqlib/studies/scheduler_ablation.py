@@ -134,7 +134,7 @@ class Study:
             supernet, config, self.splits, images=images, device=self.device, per_image=True
         )
 
-    def measure_uniform(self, supernet: Supernet, arm: str) -> list[dict]:
+    def measure_uniform(self, supernet: Supernet, arm: str, seed: int) -> list[dict]:
         """Measures the uniform configurations, and the primary outcome."""
         setting, bits = self.setting, self.setting.uniform_bits(arm)
         found = {b: self.measure(supernet, supernet.uniform(b)) for b in bits}
@@ -145,7 +145,7 @@ class Study:
             rows.append({"configuration": setting.primary_name} | mean)
         return rows
 
-    def measure_policies(self, supernet: Supernet, arm: str) -> list[dict]:
+    def measure_policies(self, supernet: Supernet, arm: str, seed: int) -> list[dict]:
         """Finds a policy at each level by `front`, then measures them.
 
         The error to keep small is the KL divergence from the largest bits; it needs no labels.
@@ -154,7 +154,7 @@ class Study:
         error, levels = kl_error(supernet, x.to(self.device)), self.setting.arm_levels(arm)
         budgets = [bitops_at(supernet.table, level) for level in levels]
         table = quick_table(supernet, error)
-        table.save(self.file(f"sensitivity-{arm}.csv"))
+        table.save(self.file(f"{arm}-{seed}-sensitivity.csv"))
         found = front(supernet, error, budgets, table) if budgets else []
         return [
             {"configuration": f"searched {level}", "kl": step.error}
@@ -163,13 +163,13 @@ class Study:
             for level, step in zip(levels, found, strict=True)
         ]
 
-    def measure_outputs(self, supernet: Supernet, arm: str) -> list[dict]:
+    def measure_outputs(self, supernet: Supernet, arm: str, seed: int) -> list[dict]:
         """Distances of layer outputs at the smallest bits from those at the largest (Fig. 3, 4)."""
         setting, bits = self.setting, self.setting.arm_bits(arm)
         x, _ = self.splits.search[: setting.compared_images]
         images = setting.recalibration_images
         rows, outputs = compare_outputs(
-            supernet, x, self.splits.calibration, min(bits), max(bits), self.device, images=images
+            supernet, x, self.splits.train, min(bits), max(bits), self.device, images=images
         )
         config = setting.arm_config(arm, 0)
         weight, batch_size = config.idm_weight, config.batch_size
@@ -195,7 +195,7 @@ class Study:
         def compute() -> list[dict]:
             supernet = self.train_arm(arm, seed)
             self.deadline.check(self.seconds.get(kind, 0))
-            return [{"arm": arm, "seed": seed} | row for row in measure_kind(supernet, arm)]
+            return [{"arm": arm, "seed": seed} | row for row in measure_kind(supernet, arm, seed)]
 
         about = self.setting.about_arm(arm, kind)
         return remembered(self.rows_file(kind, arm, seed), about, compute)
@@ -240,7 +240,7 @@ def seconds_of_parts(study: Study, network: nn.Module) -> dict[str, float]:
     study.measure(supernet, supernet.uniform(setting.bits[0]))
     seconds["uniform"] = (time.perf_counter() - start) * len(setting.uniform_bits(arm))
     start = time.perf_counter()
-    lowest.measure_policies(supernet, arm)
+    lowest.measure_policies(supernet, arm, 0)
     seconds["policies"] = (time.perf_counter() - start) * len(setting.levels)
     return seconds
 

@@ -147,9 +147,10 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy and loss of a float model, or of a supernet at `config` (None: in float mode).
 
-    `dataset`: items (image (C, H, W), label). `calibration`: training images; with them, a supernet
-    is recalibrated first, on `images` of them, drawn at random (see `recalibrate`). Every
-    configuration needs this before it is evaluated, and so does float mode after one-shot training.
+    `dataset`: items (image (C, H, W), label). `calibration`: training images, augmented as in
+    training; with them, a supernet is recalibrated first, on `images` of them, drawn at random (see
+    `recalibrate`). Every configuration needs this before it is evaluated, and so does float mode
+    after one-shot training.
 
     Without `calibration`, the supernet's present statistics are used. Where the supernet has only
     been trained or loaded, they are those of training: this is allowed, but accuracy is often poor.
@@ -360,12 +361,14 @@ def recalibrate(
     """Sets the batch norms that `config` uses to statistics of some `images` of `dataset`.
 
     `config`: None is float mode, which needs its own recalibration after one-shot training.
-    `dataset`: items (image (C, H, W), label) of the training split, in any order, such as sorted by
-    class. `images` of them are drawn at random, the same ones at each call; all are used if there
-    are fewer. In random order, they are split into batches of equal size, give or take one image,
-    of about `batch_size` each. While measuring, each batch is normalised by its own statistics. The
-    running mean and (unbiased) variance become the plain mean over batches, as in RFQuant's
-    release, which uses about 7,000 images (arXiv 2401.01543).
+    `dataset`: items (image (C, H, W), label) of the training split, augmented as in training: other
+    images, such as those without the black borders of random crops, have other statistics than
+    those that the weights have learned with. They may stand in any order, such as sorted by class.
+    `images` of them are drawn at random; all are used if there are fewer. Images and augmentation
+    are the same at each call. In random order, the images are split into batches of equal size,
+    give or take one image, of about `batch_size` each. While measuring, each batch is normalised by
+    its own statistics. The running mean and (unbiased) variance become the plain mean over batches,
+    as in RFQuant's release, which uses about 7,000 images (arXiv 2401.01543).
 
     Batch norms that several configurations share hold the statistics of the last one: recalibrate
     right before evaluating, or use `evaluate(..., calibration=dataset)`. All modules return to
@@ -389,7 +392,9 @@ def recalibrate(
     # No batch of a single image: at 1x1 resolution it has no variance.
     batches = min(-(-count // batch_size), count // 2)
     indices = [part.tolist() for part in torch.tensor(draw(dataset, count)).tensor_split(batches)]
-    with eval_mode(supernet), _averaging(list(norms.values())):
+    averaging = _averaging(list(norms.values()))
+    with eval_mode(supernet), averaging, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # of augmentation
         for x, _ in DataLoader(dataset, batch_sampler=indices):
             supernet(x.to(device, memory_format=torch.channels_last), config)
         # A batch norm that the forward pass skips keeps its statistics.

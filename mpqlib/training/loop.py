@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
-from ..data import InMemory, check_value
+from ..data import InMemory, check_value, draw
 from ..files import check_settings, check_writable, load_state, plain, save_state, set_tensors
 from ..network.bits import BitConfig, Candidates, largest, sample
 from ..network.supernet import Supernet, tie, tied_inputs
@@ -53,6 +53,8 @@ from .step import OneShotStep, float_gradients
 # tests/data. In 2, step sizes and batch norms that no pass of a step uses stood still; now their
 # momentum moves them. In 1, the grid term, initial steps, learning rates and freezing differed.
 TRAINING_RULES = 3
+
+NORM_IMAGES = 7000  # on which a float network's batch norms are measured, as in `recalibrate`
 
 # Smallest and largest value allowed of settings; any other number is at least 0.
 RANGES = {
@@ -601,6 +603,22 @@ def train_epoch(
             asked = time.perf_counter()
 
 
+def measure_norms(model: nn.Module, dataset: Dataset, device: torch.device, seed: int) -> None:
+    """Measures the batch norms of a float network anew, on images as training reads them.
+
+    Averaged weights need this: the statistics of training belong to the last weights. At most
+    NORM_IMAGES images are drawn, augmented by `seed`; all processes draw the same ones.
+    """
+    chosen = torch.tensor(draw(dataset, NORM_IMAGES))
+    # No batch of a single image: at 1x1 resolution it has no variance.
+    count = max(min(math.ceil(len(chosen) / 128), len(chosen) // 2), 1)
+    items = [(seed + i, part.tolist()) for i, part in enumerate(chosen.tensor_split(count))]
+    batches = DataLoader(Batches(dataset), batch_size=None, sampler=items)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of dropout
+        update_bn(batches, model, device)
+
+
 def train(
     model: nn.Module,
     dataset: Dataset,
@@ -615,6 +633,9 @@ def train(
     watch: Callable[[Run], object] | None = None,
 ) -> tuple[nn.Module, list[dict]]:
     """Trains a float model, or a Supernet one-shot; returns its averaged copy and its history.
+
+    The batch norms of a float model's averaged copy are measured on training images at the end. A
+    Supernet is to be recalibrated at each configuration: see `evaluate`.
 
     `dataset`: items (image (C, H, W), label); augmentation must draw from torch's global generator.
     Images in memory (`data.InMemory`) are moved to the device once, and need no workers.
@@ -682,4 +703,7 @@ def train(
         if isinstance(model, Supernet):
             run.one_shot.remove()
     copy_from_first(model.buffers())  # without `sync_norms`, each process has statistics of its own
-    return averaged_model(model, run.average), run.history
+    averaged = averaged_model(model, run.average)
+    if run.step and not isinstance(model, Supernet):
+        measure_norms(averaged, dataset, device, config.seed)
+    return averaged, run.history
