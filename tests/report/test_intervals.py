@@ -2,6 +2,7 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -131,9 +132,11 @@ def test_no_covariance_of_answers_exceeds_its_bound(seed, arm, base, images):
 
 def test_seaborn_draws_the_t_interval():
     rows = pd.DataFrame({"x": ["a"] * 3, "y": [1.0, 2.0, 4.0]})
-    axis = sns.pointplot(rows, x="x", y="y", errorbar=t_bounds)
+    _, axis = plt.subplots()
+    sns.pointplot(rows, x="x", y="y", errorbar=t_bounds, ax=axis)
     drawn = max(axis.lines, key=lambda line: np.ptp(line.get_ydata().astype(float)))
     assert (min(drawn.get_ydata()), max(drawn.get_ydata())) == pytest.approx(t_bounds(rows["y"]))
+    plt.close()
 
 
 def test_top1_interval_is_wilson_s():

@@ -161,6 +161,15 @@ def test_claims_are_judged_over_seeds_and_images(subject):
 
 def test_depthwise_arms_have_the_same_size(subject):
     arms = study.depthwise_arms(subject.network, 3, 10.0)
+    bits = {arm: (own["bits"]["depthwise"], own["bits"]["pointwise"]) for arm, own in arms.items()}
+    assert bits == {
+        "shared filters": (3, 3),
+        "no adapters": (3, 3),
+        "8 bits": (8, 3),
+        "float weights": (32, 3),
+        "one bit more": (4, 4),
+        "bits alone": (10, 10),
+    }
     trials = study.trials_at_size(subject.network, "depth-wise", 10.0, arms, {})
     rows = measured(subject, trials, seeds=[0]).set_index("arm")
     sizes = rows["equivalent_bits"]
@@ -173,7 +182,8 @@ def test_depthwise_arms_have_the_same_size(subject):
         study.trials_at_size(subject.network, "depth-wise", 5.0, arms, {})
     with pytest.raises(ValueError, match=r"equal_bits=12 .* leaves 9.000 bits beside the weights"):
         study.trials_at_size(subject.network, "depth-wise", 12, arms, {})
-    assert study.depthwise_arms(nn.Sequential(nn.Conv2d(3, 3, 1)), 4, 6) == {}
+    for channels in (1, 3):
+        assert study.depthwise_arms(nn.Sequential(nn.Conv2d(channels, 3, 1)), 4, 6) == {}
 
 
 def test_mixed_bits_keep_their_mean_and_the_network(subject):
@@ -218,7 +228,7 @@ def test_mixed_arms_have_at_most_the_same_size(subject):
     assert rows.loc["mixed bits, adapters", "added_percent"] > 0
 
 
-def test_mixed_arms_are_chosen_on_the_first_calibration_images_alone(subject):
+def test_mixed_arms_are_chosen_on_the_first_calibration_images_alone(subject, monkeypatch):
     how = dict(equal_bits=5, budget=0.25, bits=[2, 3, 4, 5, 6, 7], images=16)
     chosen = study.mixed_arms(subject, **how)
     x, y = (t.clone() for t in subject.calibration.tensors)
@@ -228,6 +238,11 @@ def test_mixed_arms_are_chosen_on_the_first_calibration_images_alone(subject):
     flat = {name: value.roll(1, 0) for name, value in zip("xy", (x, y), strict=True)}
     early = replace(subject, calibration=TensorDataset(flat["x"], y), test=subject.test)
     assert study.mixed_arms(early, **how) != chosen
+    seen = []
+    monkeypatch.setattr(study, "assign_bits", lambda *given: seen.extend(given) or ({}, {}))
+    study.mixed_arms(subject, **how)
+    expected = [t[:16] for t in subject.calibration.tensors]
+    assert seen[0] is subject.network and all(map(torch.equal, seen[1:3], expected))
 
 
 def test_pictures_and_table_show_every_arm(subject):

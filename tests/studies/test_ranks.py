@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 
 import mpqlib
 from mpqlib.studies import ranks
-from mpqlib.studies.adapters import Adapted, butterworth
+from mpqlib.studies.adapters import Adapted, butterworth, quantize_weight
 from mpqlib.studies.ranks import cora
 
 QUICK = dict(iterations=3, batch_size=16)
@@ -345,6 +345,28 @@ def test_norms_are_recalibrated_on_images_that_are_sorted_by_class():
     torch.testing.assert_close(
         adapted.network.stem[1].running_var, seen.var((0, 2, 3)), rtol=0.1, atol=0
     )
+
+
+def test_each_iteration_of_the_search_reads_one_batch():
+    adapted, read = Adapted(network(), torch.randn(1, 3, 8, 8), 2), []
+    for conv in adapted.convs.values():
+        conv.cut_softly(0.5, order=4)
+    adapted.register_forward_pre_hook(lambda module, args: read.append(len(args[0])))
+    for size, expected in ((7, [7] * 3), (99, [24] * 3)):
+        how = dict(iterations=3, batch_size=size)
+        ranks.search_ranks(adapted, adapted.convs, *images(24).tensors, 0.5, **how)
+        assert read == expected
+        read.clear()
+
+
+def test_ranges_of_the_weights_are_cut_as_asked():
+    subject = network()
+    for deviations in (0.5, 1000):
+        how = dict(budget=0, granularity="tensor", deviations=deviations)
+        adapted = cora(subject, images(16), 3, **how)
+        weight = subject.pointwise.weight.detach()
+        expected = quantize_weight(weight, 3, "tensor", deviations)
+        assert torch.equal(adapted.convs["pointwise"].conv.weight, expected)
 
 
 def test_a_seed_gives_the_same_ranks():
