@@ -111,9 +111,8 @@ def check_images(images: Tensor, model: nn.Module) -> None:
 def decoded(dataset: Dataset) -> TensorDataset:
     """All items (image, label) of `dataset` as tensors in memory, for reading them many times.
 
-    Raises ValueError for an empty dataset, and for what is none.
+    Raises ValueError for an empty dataset.
     """
-    check_dataset("dataset", dataset)
     if not len(dataset):
         raise ValueError("dataset is empty: there is nothing to decode")
     return TensorDataset(*next(iter(DataLoader(dataset, len(dataset)))))
