@@ -9,10 +9,14 @@ import torch
 
 @cache
 def can_compile(device: str) -> bool:
-    """Whether torch.compile works on this type of device; warns if not. A CPU needs a C++ compiler.
+    """Whether torch.compile works on this type of device, such as "cuda"; warns if not.
 
-    Such as "cpu" or "cuda".
+    A CPU needs a C++ compiler.
     """
+    # If the first backward pass came after a compilation, PyTorch would start threads for it, and
+    # processes that are forked from this one could not train.
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.zeros(1, requires_grad=True).sum().backward()
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # of many kinds, such as a missing compiler

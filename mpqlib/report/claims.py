@@ -158,10 +158,9 @@ def differences(
     """
     by, rows = [by] if isinstance(by, str) else list(by), []
     arms = [arm for arm in metrics["arm"].unique() if arm != base]
-    for entries in metrics[by].drop_duplicates().itertuples(index=False, name=None):
+    for entries, group in metrics.groupby(by, sort=False):
         where = dict(zip(by, entries, strict=True))
-        own = set(metrics.loc[(metrics[by] == entries).all(axis=1), "arm"])
-        for arm in (arm for arm in arms if {arm, base} <= own):
+        for arm in (arm for arm in arms if {arm, base} <= set(group["arm"])):
             found = assess(metrics, Claim("", value, arm, base, 1, where=where))
             rows.append({"compared": arm} | where | found._asdict())
     return pd.DataFrame(rows)

@@ -81,9 +81,9 @@ def choose_in_scheduler_ablation(test: TensorDataset, folder: Path) -> object:
     """05: searched policies."""
     given = dict(model="test_byobnet", dataset="digits", train_images=None, search_share=0.2)
     given |= dict(image_size=8, bits=[2, 3, 4], float_epochs=0, epochs=0, search_images=16)
-    setting = Setting(levels=[2.5, 3], search={}, recalibration_images=48, **given)
+    setting = Setting(levels=[2.5, 3], recalibration_images=48, **given)
     study = scheduler_ablation.Study(setting, splits_with(test), folder, CPU)
-    return without_test(list(study.measure_policies(small_supernet()).values()))
+    return [row["policy"] for row in study.measure_policies(small_supernet(), "plain", 0)]
 
 
 def choose_in_imagenet(test: TensorDataset, folder: Path) -> object:
