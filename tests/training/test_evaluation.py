@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from mpqlib.data import draw
+from mpqlib.data import InMemory, draw
 from mpqlib.network.bits import largest
 from mpqlib.network.supernet import Supernet
 from mpqlib.search.error import batch_error
@@ -285,6 +285,19 @@ def test_checking_a_data_set_draws_no_random_number(supernet):
     before = torch.get_rng_state()
     check_dataset("dataset", data, supernet)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_recalibration_draws_the_same_augmentation_at_each_call(supernet):
+    stored = torch.randint(256, (48, 3, 12, 12), dtype=torch.uint8)
+    split = InMemory(stored, images(48).tensors[1], (0.5,) * 3, (0.2,) * 3, padding=4)
+    config, found = supernet.uniform(3), []
+    for dataset in (split, split, split.without_augmentation()):
+        before = torch.get_rng_state()
+        recalibrate(supernet, dataset, config)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(evaluate(supernet, split.without_augmentation(), config).loss)
+        torch.rand(3)
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 2.5, "8", None])

@@ -57,6 +57,23 @@ def test_training_does_not_touch_the_global_generator(supernet, dataset):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_batch_norms_of_a_float_network_belong_to_its_averaged_weights():
+    torch.manual_seed(0)
+    dataset = images(48)
+    model, _ = train(TinyNet(), dataset, replace(SMALL, lr=0.1, warmup=0))
+    fresh = copy.deepcopy(model).train()
+    for norm in (m for m in fresh.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = 1.0  # the running statistics are those of the last batch
+    fresh(dataset.tensors[0])  # all 48 images are one batch
+    for key, value in fresh.state_dict().items():
+        if "running" in key:
+            torch.testing.assert_close(model.state_dict()[key], value, msg=key)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and all(norm.momentum == 0.1 and not norm.training for norm in norms)
+    untrained, _ = train(copy.deepcopy(model), dataset, replace(SMALL, epochs=0))
+    assert same(untrained, model)
+
+
 def test_images_in_memory_are_trained_on_in_batches():
     stored = torch.randint(256, (48, 3, 8, 8), dtype=torch.uint8)
     labels = images(48).tensors[1]
