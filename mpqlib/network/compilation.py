@@ -5,6 +5,9 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+from torch._dynamo import config
+
+PROGRAMS = 64  # that may be compiled of one function
 
 
 @cache
@@ -31,6 +34,9 @@ def can_compile(device: str) -> bool:
 
 @cache
 def _compile(function: Callable) -> Callable:
+    # One program for each number type, for tensors made in inference mode and others, and so on:
+    # more than the 8 after which PyTorch would give up.
+    config.recompile_limit = max(config.recompile_limit, PROGRAMS)
     # One process compiles: to start others would take longer than two small functions do.
     return torch.compile(function, dynamic=True, options={"compile_threads": 1})
 

@@ -1,0 +1,50 @@
+"""What is compiled is the function itself, in all types and modes of its tensors."""
+
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+from mpqlib.network.compilation import one_pass
+from mpqlib.network.quantizer import lsq, quantize
+
+
+def test_one_program_after_another_is_compiled(caplog):
+    """Each type, mode and kind of shape needs a program of its own: PyTorch must not give up."""
+    compiled = one_pass(quantize, "cpu")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for mode, rows in ((torch.no_grad, 3), (torch.inference_mode, 3), (torch.no_grad, 1)):
+            with mode():
+                x = torch.linspace(-2, 2, 12).reshape(rows, -1).to(dtype)
+                step = torch.full((rows, 1), 0.25, dtype=dtype)
+                arguments = x, step, torch.tensor(-2.0).to(step), torch.tensor(1.0).to(step)
+                assert torch.equal(compiled(*arguments), quantize(*arguments))
+    assert "recompile_limit" not in caplog.text
+
+
+def test_a_forked_process_can_train_after_compilation():
+    """In a new process: what runs first decides whether PyTorch starts threads."""
+    code = """
+import os
+import torch
+from mpqlib.network.quantizer import lsq
+bounds = torch.tensor(-2.0), torch.tensor(1.0)
+lsq(torch.ones(3), torch.tensor(0.5), *bounds)
+if os.fork() == 0:
+    x = torch.ones(3, requires_grad=True)
+    lsq(x, torch.tensor(0.5), *bounds).sum().backward()
+    os._exit(0)
+raise SystemExit(os.wait()[1])
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_compiled_network_holds_the_functions_themselves():
+    class Net(nn.Module):
+        def forward(self, x):
+            return lsq(x, torch.tensor(0.5), torch.tensor(-2.0), torch.tensor(1.0))
+
+    x = torch.linspace(-2, 2, 9)
+    compiled = torch.compile(Net(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), Net()(x))
