@@ -542,6 +542,8 @@ def _imagenet(root: Path, part: str) -> Source:
 def _folder(root: Path, download: bool) -> tuple[Source, Source | None]:
     layout = "train/<class>/* and test/<class>/* (or val/<class>/*), or <class>/* alone"
     train, test = _part_folder(root, "train"), _test_folder(root)
+    if not train.is_dir() and test.is_dir() and any(path.is_file() for path in test.iterdir()):
+        return _class_folders(root, layout), None  # a class of this name
     if test.is_dir():
         source = _class_folders(train, layout)
         return source, _class_folders(test, layout, source.classes)

@@ -1,6 +1,5 @@
 """What passes of a network on an example show: inputs of layers, counts of operations, weights."""
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -118,11 +118,18 @@ def noise_image(model: nn.Module, shape: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Some outputs of a copy of the model on the CPU, in `dtype`, for an image of fixed noise."""
-    copied = copy.deepcopy(model).to("cpu", dtype).eval()
-    with torch.random.fork_rng(devices=[]):  # dropout that does not ask for the mode
-        torch.default_generator.manual_seed(0)
-        outputs = copied(noise_image(copied, shape)).flatten()
+    """Some outputs of the model, with its tensors on the CPU in `dtype`, for one image of noise."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = {name: moved(tensor) for name, tensor in own.items()}
+    # Of more spread than images have, so that values pass the limit of an activation such as ReLU6.
+    noise = 4 * torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    with eval_mode(model), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # of dropout that does not ask for the mode
+        outputs = functional_call(model, tensors, (noise.to(dtype),)).flatten()
     return outputs[:: -(-len(outputs) // OUTPUTS)].double()
 
 
@@ -130,8 +137,8 @@ def _outputs(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Tens
 def record_outputs(model: nn.Module, shape: Sequence[int]) -> dict:
     """Some outputs of `model`, by which `check_outputs` knows the network again; for JSON.
 
-    `shape`: of an image (C, H, W). The model runs on a copy, in eval mode and as `model(images)`: a
-    supernet in float mode.
+    `shape`: of an image (C, H, W). The model runs in eval mode and as `model(images)`: a supernet
+    in float mode.
     """
     # In float mode and in float64, because processors round differently. In a low-bit network, one
     # value that is rounded to the other side spreads, and small differences between networks are

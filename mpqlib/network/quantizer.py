@@ -58,8 +58,10 @@ def _is_channels_last(x: Tensor) -> bool:
 def quantize(x: Tensor, step: Tensor, q_min: Tensor, q_max: Tensor) -> Tensor:
     """x_hat = s * round(clip(x / s, q_min, q_max)) of rows x (R, N), with a step (R, 1) for each.
 
-    Computes in the type of the step and returns that of x. Source: LSQ, equations 1 and 2.
+    Computes in the type of the step, at least in float32, so that programs which round between
+    operations and those which do not agree. Returns the type of x. Source: LSQ, equations 1 and 2.
     """
+    step = step.to(torch.promote_types(step.dtype, torch.float32))
     v = x.to(step.dtype) / step
     return (v.clamp(q_min, q_max).round() * step).to(x.dtype)
 
@@ -73,11 +75,12 @@ def gradients(
         dx_hat/dx = 1 where q_min < v < q_max, else 0
         dx_hat/ds = round(v) - v inside, q_min or q_max outside
     """
-    v = x.to(step.dtype) / step
+    exact = torch.promote_types(step.dtype, torch.float32)
+    v = x.to(exact) / step.to(exact)
     inside = (q_min < v) & (v < q_max)
     grad_x = torch.where(inside, grad, 0)
     change = v.clamp(q_min, q_max).round() - torch.where(inside, v, 0)
-    return grad_x, (grad.to(step.dtype) * change).sum(1, keepdim=True)
+    return grad_x, (grad.to(exact) * change).sum(1, keepdim=True).to(step.dtype)
 
 
 class LSQ(torch.autograd.Function):
@@ -97,8 +100,11 @@ class LSQ(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, step, q_min, q_max = ctx.saved_tensors
-        rows = in_memory_order(x.detach(), grad.detach(), rows=step.numel())
-        steps, compute = step.detach().reshape(-1, 1), one_pass(gradients, x.device.type)
+        compute = gradients  # a second derivative (create_graph=True) needs its single operations
+        if not torch.is_grad_enabled():
+            compute = one_pass(gradients, x.device.type)
+            x, grad, step = x.detach(), grad.detach(), step.detach()
+        rows, steps = in_memory_order(x, grad, rows=step.numel()), step.reshape(-1, 1)
         grad_x, grad_step = compute(*rows, steps, q_min, q_max)
         if ctx.scale_step_gradient:
             grad_step = grad_step / (rows[0].shape[1] * q_max).sqrt()

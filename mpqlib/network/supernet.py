@@ -11,6 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize, prune
 
 from .bits import BitConfig, Candidates, check_bits, check_config, check_overrides, smallest
+from .compilation import can_compile
 from .layers import QuantConvBN, QuantLinear, check_pairs
 from .observation import Observation, check_quantized, observe
 from .quantizer import GRANULARITIES, INITIAL_STEPS, Quantizer
@@ -196,6 +197,7 @@ class Supernet(nn.Module):
         scale_step_gradient: bool = False,
     ):
         super().__init__()
+        can_compile(example.device.type if isinstance(example, Tensor) else "cpu")  # warns early
         bits = check_bits("bits", bits)
         edge = None if edge_bits is None else check_bits("edge_bits", (edge_bits,))
         (depthwise_min,) = check_bits("depthwise_min", (depthwise_min,))

@@ -173,6 +173,17 @@ def _convert(stored: Mapping, path: Path, model: nn.Module | None) -> Supernet:
     )
 
 
+def _check_options(supernet: Supernet, stored: Mapping) -> None:
+    """Raises ValueError if the supernet was built with other options than the stored one."""
+    own = {
+        "tie_inputs": any(info.input_of for info in supernet.table),
+        "scale_step_gradient": supernet.scale_step_gradient,
+    }
+    for name, value in own.items():
+        if value != stored.get(name, False):
+            raise ValueError(f"its {name} is {value}, that of the policy {not value}")
+
+
 @torch.inference_mode(False)  # parameters made in inference mode could not be trained
 def load_policy(
     path: str | Path,
@@ -202,6 +213,7 @@ def load_policy(
     config = BitConfig.of(stored["layers"])
     try:
         supernet = model if isinstance(model, Supernet) else _convert(stored, path, model)
+        _check_options(supernet, stored)
         load_weights(weights, supernet)
         policy = Policy(supernet, config, stored)
         check_steps(supernet)

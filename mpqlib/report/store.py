@@ -85,7 +85,7 @@ def store_run(source: str | Path, destination: str | Path) -> None:
     earlier run is then whole.
     """
     source, destination = Path(source), Path(destination)
-    if destination.resolve().parents[1].name != "results":
+    if [parent.name for parent in destination.resolve().parents][1:2] != ["results"]:
         where = "a folder results/<notebook>/<run>"
         raise ValueError(f"destination={str(destination)!r} is not allowed: {where}")
     if stored_run(source):

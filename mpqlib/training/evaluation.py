@@ -364,10 +364,11 @@ def recalibrate(
     images, such as those without the black borders of random crops, have other statistics than
     those that the weights have learned with. They may stand in any order, such as sorted by class.
     `images` of them are drawn at random; all are used if there are fewer. Images and augmentation
-    are the same at each call. In random order, the images are split into batches of equal size,
-    give or take one image, of about `batch_size` each. While measuring, each batch is normalised by
-    its own statistics. The running mean and (unbiased) variance become the plain mean over batches,
-    as in RFQuant's release, which uses about 7,000 images (arXiv 2401.01543).
+    are the same at each call; augmentation must draw from torch's global generator. In random
+    order, the images are split into batches of equal size, give or take one image, of about
+    `batch_size` each. While measuring, each batch is normalised by its own statistics. The running
+    mean and (unbiased) variance become the plain mean over batches, as in RFQuant's release, which
+    uses about 7,000 images (arXiv 2401.01543).
 
     Batch norms that several configurations share hold the statistics of the last one: recalibrate
     right before evaluating, or use `evaluate(..., calibration=dataset)`. All modules return to

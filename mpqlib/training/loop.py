@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -606,7 +607,8 @@ def train_epoch(
 def measure_norms(model: nn.Module, dataset: Dataset, device: torch.device, seed: int) -> None:
     """Measures the batch norms of a float network anew, on images as training reads them.
 
-    Averaged weights need this: the statistics of training belong to the last weights. At most
+    Averaged weights need this: the statistics of training belong to the last weights. Norms that
+    the model itself keeps in eval mode stay as they are. At most
     NORM_IMAGES images are drawn, augmented by `seed`; all processes draw the same ones.
     """
     chosen = torch.tensor(draw(dataset, NORM_IMAGES))
@@ -614,9 +616,15 @@ def measure_norms(model: nn.Module, dataset: Dataset, device: torch.device, seed
     count = max(min(math.ceil(len(chosen) / 128), len(chosen) // 2), 1)
     items = [(seed + i, part.tolist()) for i, part in enumerate(chosen.tensor_split(count))]
     batches = DataLoader(Batches(dataset), batch_size=None, sampler=items)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = {norm: copy.deepcopy(norm.state_dict()) for norm in norms}
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of dropout
         update_bn(batches, model, device)
+    for norm in norms:
+        if norm.num_batches_tracked == 0:  # it stays in eval mode, or does not run
+            norm.load_state_dict(before[norm])
+    model.eval()
 
 
 def train(

@@ -1,5 +1,6 @@
 """What is compiled is the function itself, in all types and modes of its tensors."""
 
+import os
 import subprocess
 import sys
 
@@ -38,6 +39,21 @@ if os.fork() == 0:
 raise SystemExit(os.wait()[1])
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_a_compiler_a_network_is_converted_with_a_warning(tmp_path):
+    code = """
+import torch
+from torch import nn
+from mpqlib import Supernet
+x = torch.ones(2, 3, 4, 4)
+supernet = Supernet(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(64, 2)), x, (2, 4))
+assert supernet(x, supernet.uniform(2)).shape == (2, 2)
+"""
+    without = os.environ | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=without, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mpqlib runs without torch.compile, which fails here" in done.stderr
 
 
 def test_a_compiled_network_holds_the_functions_themselves():

@@ -383,3 +383,30 @@ def test_each_channel_is_quantized_by_its_own_step(shape, scaled):
             own = x_hat[i], grad_x[i], grad_steps[(2, 4).index(bits), i].squeeze()
             for found, wanted in zip(own, expected, strict=True):
                 assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_second_derivatives_are_those_of_the_first():
+    """f = sum(x_hat^2 * w): df/dx = 2 x_hat w inside, and d/dw of its sum is 2 x_hat inside."""
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64, requires_grad=True)
+    w = torch.linspace(1, 2, 9, dtype=torch.float64, requires_grad=True)
+    x_hat = lsq(x, torch.tensor(0.5, dtype=torch.float64), 2, True)
+    (slope,) = torch.autograd.grad((x_hat.square() * w).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(slope.sum(), w)
+    inside = (x > -1) & (x < 0.5)
+    torch.testing.assert_close(second, torch.where(inside, 2 * x_hat, 0).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_types_of_few_digits_give_the_same_numbers_without_a_compiler(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 1000, generator=generator).to(dtype)
+    step, found = torch.full((4, 1), 0.3, dtype=dtype), []
+    for compiles in (True, False):
+        monkeypatch.setattr(
+            "mpqlib.network.compilation.can_compile", lambda device, yes=compiles: yes
+        )
+        v, s = x.clone().requires_grad_(), step.clone().requires_grad_()
+        x_hat = lsq(v, s, 4, True)
+        x_hat.backward(torch.ones_like(x_hat))
+        found.append((x_hat.detach(), v.grad, s.grad))
+    torch.testing.assert_close(*found)

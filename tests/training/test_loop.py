@@ -74,6 +74,23 @@ def test_batch_norms_of_a_float_network_belong_to_its_averaged_weights():
     assert same(untrained, model)
 
 
+def test_norms_that_a_network_keeps_in_eval_mode_stay_as_they_are():
+    class Frozen(TinyNet):
+        def train(self, mode=True):
+            super().train(mode)
+            for norm in (m for m in self.modules() if isinstance(m, nn.BatchNorm2d)):
+                norm.eval()
+            return self
+
+    network = Frozen()
+    for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+    before = {k: v.clone() for k, v in network.state_dict().items() if "running" in k}
+    model, _ = train(network, images(48), SMALL)
+    after = model.state_dict()
+    assert before and all(torch.equal(after[key], value) for key, value in before.items())
+
+
 def test_images_in_memory_are_trained_on_in_batches():
     stored = torch.randint(256, (48, 3, 8, 8), dtype=torch.uint8)
     labels = images(48).tensors[1]
