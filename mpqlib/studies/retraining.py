@@ -240,11 +240,12 @@ def finding(metrics: pd.DataFrame) -> Markdown:
     for way, base in zip(RETRAINED, ("searched", "uniform", "searched"), strict=True):
         pair = metrics[metrics["arm"].isin([way, base])]
         each = [
-            f"{d.configuration} \u2248 {d.difference:+.2g} [{d.low:+.2g}, {d.high:+.2g}]"
+            f"{d.configuration} \u2248 {d.difference:+.2g}"
+            + (f" [{d.low:+.2g}, {d.high:+.2g}]" if d.n > 1 else "")
             for d in differences(pair, "top1", base, "configuration").itertuples()
         ]
         lines.append(f"- {way} minus {base}: {', '.join(each) or 'not trained'}")
-    head = "Test top-1 in points, with 95% intervals over seeds, paired by seed:"
+    head = "Test top-1 in points, paired by seed, with 95% intervals if there are several seeds:"
     return show_markdown("\n".join([head, "", *lines]))
 
 
@@ -257,11 +258,15 @@ def top1_over_bitops(metrics: pd.DataFrame) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     blue, orange, grey = "#0072B2", "#D55E00", "0.35"
     styles = {  # arm: label, shift of BitOPs, style
-        "searched": ("supernet, searched policy", 1, dict(color=blue, fmt="o-")),
-        "uniform": ("supernet, uniform bits", 1, dict(color=grey, fmt="s--")),
-        "retrained": ("searched policy, retrained", 0.97, dict(color=orange, fmt="^")),
-        "retrained as long": ("... as long", 1.03, dict(color=orange, fmt="D", mfc="white")),
-        "uniform retrained": ("uniform bits, retrained", 0.97, dict(color="k", fmt="v")),
+        "searched": ("supernet, searched", 1, dict(color=blue, fmt="o-")),
+        "uniform": ("supernet, uniform", 1, dict(color=grey, fmt="s--")),
+        "retrained": ("searched, retrained", 0.97, dict(color=orange, fmt="^")),
+        "retrained as long": (
+            "searched, retrained as long",
+            1.03,
+            dict(color=orange, fmt="D", mfc="white"),
+        ),
+        "uniform retrained": ("uniform, retrained", 0.97, dict(color="k", fmt="v")),
     }
     for arm, (label, shift, style) in styles.items():
         groups = metrics[metrics["arm"] == arm].groupby("configuration")
@@ -277,9 +282,12 @@ def top1_over_bitops(metrics: pd.DataFrame) -> Figure:
             )
     in_float = metrics.loc[metrics["arm"] == "float", "top1"].mean()
     axis.axhline(in_float, color="0.6", linestyle=":", label="float")
-    axis.set(xscale="log", xlabel="BitOPs (G per image)")
+    ticks = metrics[metrics["arm"] == "uniform"].groupby("configuration")["bitops_g"].mean()
+    axis.set(xscale="log", xlabel="BitOPs (G per image; ticks: uniform bits)")
+    axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axis.set_xticks([], minor=True)
     axis.set(ylabel="test top-1 (%), 95% interval over seeds")
-    axis.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, ncols=3, loc="outside upper center")
     return figure
 
 
@@ -291,16 +299,18 @@ def save_retraining(
     seeds = [int(seed) for seed in metrics["seed"].unique()]
     policies = metrics.dropna(subset="policy")[["seed", "configuration", "policy"]]
     metrics = metrics.drop(columns="policy")
+    figure = top1_over_bitops(metrics)
     save_run(
         folder,
         parameters=asdict(study.setting) | dict(seeds=seeds, device=device),
         metrics=metrics,
         source=provenance(seeds, seconds),
-        figures={"top1": top1_over_bitops(metrics)},
+        figures={"top1": figure},
         claims=documents(retraining_claims(study.setting)),
         costs=costs(metrics).reset_index().to_dict("records"),
         policies=policies.to_dict("records"),
     )
+    plt.close(figure)  # a notebook draws its own
     return metrics
 
 
