@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..data import Splits
-from ..files import remembered
+from ..files import plain, remembered
 from ..models import create
 from ..network.bits import BitConfig, Candidates, largest
 from ..network.supernet import Supernet
@@ -111,7 +111,8 @@ def search_passes(supernet: Supernet, images: int, levels: int) -> int:
 class Retraining:
     """Supernets, and networks that are trained alone: each resumes from its own files.
 
-    `study`: of the supernets. `folder`: of the networks alone.
+    `study`: of the supernets. `folder`: of the networks alone. Only one process at a time may use
+    these folders.
     """
 
     setting: RetrainingSetting
@@ -189,8 +190,8 @@ class Retraining:
 
     def run(self, seed: int) -> list[dict]:
         """All rows of a seed."""
-        alone = [self.run_alone(way, bits, seed) for way, bits in self.setting.networks()]
-        return self.run_supernet(seed) + alone
+        rows = self.run_supernet(seed)
+        return rows + [self.run_alone(way, bits, seed) for way, bits in self.setting.networks()]
 
 
 def costs(metrics: pd.DataFrame, budgets: Sequence[int] = (1, 3, 12)) -> pd.DataFrame:
@@ -202,18 +203,16 @@ def costs(metrics: pd.DataFrame, budgets: Sequence[int] = (1, 3, 12)) -> pd.Data
     number of budgets at which the supernet takes fewer passes.
     """
     columns = ["image_passes", "seconds", "search_passes"]
-    means = metrics.groupby("arm")[columns].mean()
-    means = means.loc[[w for w in ("searched", *RETRAINED[::2]) if w in means.index]]
+    means, rows = metrics.groupby("arm")[columns].mean(), {}
     passes = means["image_passes"] + means["search_passes"].fillna(0)
     hours = passes * means["seconds"] / means["image_passes"] / 3600
-    rows = {}
-    for way in means.index:
-        times = {n: 1 if way == "searched" else n for n in budgets}
-        rows[way] = {f"passes, {n} budgets": passes[way] * times[n] for n in budgets}
-        rows[way] |= {f"hours, {n} budgets": hours[way] * times[n] for n in budgets}
-        wins = None if way == "searched" else passes["searched"] // passes[way] + 1
-        rows[way]["sharing wins from"] = wins
-    return pd.DataFrame(rows).T.rename_axis("way")
+    for way in [w for w in ("searched", "retrained", "retrained as long") if w in means.index]:
+        times = {count: 1 if way == "searched" else count for count in budgets}
+        rows[way] = {f"passes for {n}": passes[way] * times[n] for n in budgets}
+        rows[way] |= {f"hours for {n}": hours[way] * times[n] for n in budgets}
+        if way != "searched":
+            rows[way]["sharing wins from"] = passes["searched"] // passes[way] + 1
+    return pd.DataFrame.from_dict(rows, "index").rename_axis("way")
 
 
 def retraining_claims(setting: RetrainingSetting) -> list[Claim]:
@@ -300,14 +299,14 @@ def save_retraining(
     policies = metrics.dropna(subset="policy")[["seed", "configuration", "policy"]]
     metrics = metrics.drop(columns="policy")
     figure = top1_over_bitops(metrics)
+    parameters = asdict(study.setting) | dict(seeds=seeds, device=device)
     save_run(
         folder,
-        parameters=asdict(study.setting) | dict(seeds=seeds, device=device),
+        parameters=plain(parameters, "parameters"),
         metrics=metrics,
         source=provenance(seeds, seconds),
         figures={"top1": figure},
         claims=documents(retraining_claims(study.setting)),
-        costs=costs(metrics).reset_index().to_dict("records"),
         policies=policies.to_dict("records"),
     )
     plt.close(figure)  # a notebook draws its own

@@ -175,11 +175,11 @@ METRICS = pd.DataFrame(
 
 def test_costs_are_those_of_a_hand_computed_table():
     found = retraining.costs(METRICS)
-    passes = found[["passes, 1 budgets", "passes, 3 budgets", "passes, 12 budgets"]]
+    passes = found[["passes for 1", "passes for 3", "passes for 12"]]
     assert passes.loc["searched"].tolist() == [420, 420, 420]
     assert passes.loc["retrained"].tolist() == [100, 300, 1200]
     assert passes.loc["retrained as long"].tolist() == [400, 1200, 4800]
-    hours = found[["hours, 1 budgets", "hours, 12 budgets"]]
+    hours = found[["hours for 1", "hours for 12"]]
     assert hours.loc["searched"].tolist() == pytest.approx([2.1, 2.1])  # 7200 s for 400 passes
     assert hours.loc["retrained"].tolist() == pytest.approx([0.5, 6])
     # 420 passes are fewer than 5 x 100 and 2 x 400, but more than 4 x 100 and 400
@@ -235,7 +235,6 @@ def test_command_stores_a_run_that_the_title_claim_can_judge(tmp_path, capsys):
     assert json.loads((out / "policies.json").read_text())[0]["policy"]
     parameters = yaml.safe_load((out / "parameters.yaml").read_text())
     assert parameters["setting"]["model"] == "resnet8_cifar" and parameters["seeds"] == [0]
-    assert len(json.loads((out / "costs.json").read_text())) == 2
     assert (out / "top1.png").exists() and "retrained 3 bits" in capsys.readouterr().out
     retraining.main(command_line(tmp_path))  # nothing is left to do
     pd.testing.assert_frame_equal(pd.read_csv(out / "metrics.csv"), metrics)
