@@ -73,6 +73,7 @@ WINGS = {
         "processes",
         "command",
         "scheduler_ablation",
+        "retraining",
         "one_bitwidth",
         "search",
         "transfer",

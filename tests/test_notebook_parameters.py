@@ -35,7 +35,7 @@ WRONG = {
     list: [None, "[2, 4]", 3, {}, [None], [-1], [math.nan], [[1]]],
     dict: [None, [], "{}", 3, {1: 2}],
 }
-PATHS = {"data_root", "checkpoint"}  # text, even where the default is None
+PATHS = {"data_root", "checkpoint", "supernets"}  # text, even where the default is None
 UNNAMED = {"09_one_bitwidth", "10_cora"}  # they name a part of their parameters only
 
 

@@ -13,7 +13,7 @@ import mpqlib.studies
 from mpqlib.data import Splits
 from mpqlib.network.supernet import Supernet
 from mpqlib.report.runs import measure
-from mpqlib.studies import cora, imagenet, one_bitwidth, scheduler_ablation, transfer
+from mpqlib.studies import cora, imagenet, one_bitwidth, retraining, scheduler_ablation, transfer
 from mpqlib.studies.arms import Setting
 from mpqlib.studies.search import measure_front
 from mpqlib.studies.train import result
@@ -86,6 +86,17 @@ def choose_in_scheduler_ablation(test: TensorDataset, folder: Path) -> object:
     return [row["policy"] for row in study.measure_policies(small_supernet(), "plain", 0)]
 
 
+def choose_in_retraining(test: TensorDataset, folder: Path) -> object:
+    """13: the policies, and the bits of the networks that are trained alone."""
+    given = dict(model="resnet8_cifar", dataset="digits", train_images=None, search_share=0.2)
+    given |= dict(image_size=8, bits=[2, 3, 4], float_epochs=0, epochs=0, search_images=16)
+    given |= dict(levels=[2.5], training={"batch_size": 16}, recalibration_images=48)
+    setting = retraining.RetrainingSetting(given, levels=[2.5], long_levels=[2.5])
+    study = retraining.Retraining.of(setting, splits_with(test), folder, CPU)
+    bits = [study.policy(way, b, 0).to_json() for way, b in setting.networks()]
+    return bits, without_test(study.run(0))
+
+
 def choose_in_imagenet(test: TensorDataset, folder: Path) -> object:
     """07: bits of each way to choose them."""
     halves = imagenet.Halves(images(32), test)
@@ -134,6 +145,7 @@ CHOOSE: dict[str, Callable[[TensorDataset, Path], object]] = {
     "train": choose_in_train,
     "search": choose_in_search,
     "scheduler_ablation": choose_in_scheduler_ablation,
+    "retraining": choose_in_retraining,
     "imagenet": choose_in_imagenet,
     "transfer": choose_in_transfer,
     "one_bitwidth": choose_in_one_bitwidth,
