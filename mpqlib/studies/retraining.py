@@ -334,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make_runs(Team(1), seeds, partial(run_seed, study, rows), 0, stopwatch)
     if rows:
         save_retraining(command.output, study, rows, device, stopwatch.seconds())
+    else:
+        print("No seed is whole yet: no results are written; the same command resumes")
 
 
 if __name__ == "__main__":

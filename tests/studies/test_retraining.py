@@ -192,10 +192,10 @@ def test_equal_passes_do_not_win():
     assert retraining.costs(even)["sharing wins from"]["retrained"] == 5  # above 4
 
 
-def test_figure_and_finding_need_no_second_way(tmp_path):
+def test_figure_and_finding_need_no_second_way():
     few = METRICS[METRICS["arm"] != "retrained as long"]
     (axis,) = retraining.top1_over_bitops(few).axes
-    assert "BitOPs (G per image)" in axis.get_xlabel() and "(%)" in axis.get_ylabel()
+    assert "BitOPs (G per image" in axis.get_xlabel() and "(%)" in axis.get_ylabel()
     text = retraining.finding(few).data
     assert "retrained minus searched: 2.5 bits \u2248 +1" in text
     assert "as long minus searched: not trained" in text
@@ -238,6 +238,12 @@ def test_command_stores_a_run_that_the_title_claim_can_judge(tmp_path, capsys):
     assert (out / "top1.png").exists() and "retrained 3 bits" in capsys.readouterr().out
     retraining.main(command_line(tmp_path))  # nothing is left to do
     pd.testing.assert_frame_equal(pd.read_csv(out / "metrics.csv"), metrics)
+
+
+def test_command_without_enough_time_says_so(tmp_path, capsys):
+    retraining.main(command_line(tmp_path, "--minutes", "1e-9"))
+    assert "No seed is whole yet" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "metrics.csv").exists()
 
 
 @pytest.mark.parametrize(
