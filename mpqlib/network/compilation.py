@@ -1,5 +1,6 @@
 """Functions of tensors, compiled so that they read and write memory once."""
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -8,6 +9,17 @@ import torch
 from torch._dynamo import config
 
 PROGRAMS = 64  # that may be compiled of one function
+
+
+def _import_quietly() -> None:
+    """Imports what torch.compile needs, without its warning of a CUDA toolkit that has no GPU."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    finally:
+        logger.setLevel(level)
 
 
 @cache
@@ -21,6 +33,7 @@ def can_compile(device: str) -> bool:
     with torch.inference_mode(False), torch.enable_grad():
         torch.zeros(1, requires_grad=True).sum().backward()
     try:
+        _import_quietly()
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # of many kinds, such as a missing compiler
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

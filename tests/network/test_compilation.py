@@ -38,7 +38,8 @@ if os.fork() == 0:
     os._exit(0)
 raise SystemExit(os.wait()[1])
 """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_without_a_compiler_a_network_is_converted_with_a_warning(tmp_path):
