@@ -338,6 +338,11 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | st
     own = model.state_dict(keep_vars=True)
     both = [n for n in own if n in tensors]
     shapes = [n for n in both if own[n].shape != tensors[n].shape]
+    if layers := [n.removesuffix("._extra_state") for n in shapes if n.endswith("._extra_state")]:
+        raise ValueError(
+            f"{path} does not fit this model: its layers have other candidate bits, such as "
+            f"{layers[0]!r}; build the supernet with the stored bits"
+        )
     types = [n for n in both if own[n].dtype != tensors[n].dtype]
     sharing = defaultdict(list)
     for name, tensor in own.items():

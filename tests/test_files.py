@@ -283,6 +283,9 @@ def test_weights_of_other_bits_or_an_earlier_version_are_refused(supernet, tmp_p
     with pytest.raises(ValueError, match=r"w\.safetensors does not fit .*2, 3, 4 .*3, 4, 5 "):
         load_weights(path, other)
     assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+    fewer = Supernet(TinyNet(), x, (3, 4), depthwise_min=2)  # other shapes, too
+    with pytest.raises(ValueError, match=r"other candidate bits, such as 'model\.depthwise'"):
+        load_weights(path, fewer)
     tensors = {n: t for n, t in before.items() if t.dtype != torch.float64}
     with pytest.raises(ValueError, match=r"missing \('model.stem.0._extra_state'.*earlier version"):
         set_tensors(other, tensors, path)
