@@ -39,7 +39,7 @@ def test_measure_takes_each_number_from_its_own_images(supernet):
     splits = data.Splits(train_part, calibration, search, test, ("a", "b", "c"))
     config, twin = supernet.uniform(3), copy.deepcopy(supernet)
     found = runs.measure(supernet, config, splits)
-    recalibrate(twin, calibration, config)
+    recalibrate(twin, train_part, config)
     expected = [evaluate(twin, part, config) for part in (search, test)]
     assert found["search_loss"] == expected[0].loss != expected[1].loss
     assert found["search_top1"] == 100 * expected[0].top1

@@ -34,7 +34,7 @@ ARMS = ["assignment", "greedy", "paper", "random", "evolution"]
 
 
 def measure_rows(supernet, levels, **some):
-    splits = SimpleNamespace(calibration=images(32), search=images(16, 1), test=images(16, 2))
+    splits = SimpleNamespace(train=images(32), search=images(16, 1), test=images(16, 2))
     on = dict(device=torch.device("cpu"), recalibration_images=32)
     x, y = images(32, seed=2).tensors
     return measure_front(supernet, x, y, 16, levels, splits, {}, 0, **some, **on)
