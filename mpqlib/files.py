@@ -97,8 +97,9 @@ def stored_run(path: Path) -> Path | None:
     None if it lies in no such folder.
     """
     path = Path(path).resolve()
-    for folder, above in zip((path, *path.parents), path.parents[1:], strict=False):
-        if above.name == "results" and os.path.isfile(folder / "provenance.json"):
+    for folder in (path, *path.parents):
+        in_results = folder.parent.parent.name == "results"
+        if in_results and os.path.isfile(folder / "provenance.json"):
             return folder
     return None
 

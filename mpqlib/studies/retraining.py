@@ -152,7 +152,8 @@ class Retraining:
     def run_supernet(self, seed: int) -> list[dict]:
         """Rows of a seed's supernet and of its float network: stored, or measured now."""
         own, arm, study = self.setting.setting, self.setting.arm, self.study
-        uniform = dict(zip(own.uniform_bits(arm), study.run("uniform", arm, seed), strict=False))
+        measured = {row["configuration"]: row for row in study.run("uniform", arm, seed)}
+        uniform = {bits: measured[f"uniform {bits}"] for bits in own.uniform_bits(arm)}
         searched, in_float = self.searched(seed), study.run_float(seed)
         history = json.loads(study.file(f"{arm}-{seed}-history.json").read_text())
         cost = {
